@@ -1,0 +1,41 @@
+"Package metadata, read from settings.ini, so that each figure stands in one place."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="], interpolation=None)
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("lab", "dask", "dev")}
+extras["dev"] += extras["lab"] + extras["dask"]
+
+readme = here / "README.md"
+setup(
+    name=cfg["lib_name"].replace("_", "-"),
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    license="MIT",
+    keywords=cfg["keywords"],
+    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    package_data={cfg["lib_path"]: ["static/*.js", "static/*.css"]},
+    python_requires=">=" + cfg["min_python"],
+    install_requires=cfg["requirements"].split(),
+    extras_require=extras,
+    entry_points={
+        "console_scripts": ["adaptive-lab = adaptive_lab.cli:main"],
+        # What a recipe may be built from. Another package adds its own parts under the same group.
+        "adaptive_lab.parts": [
+            "digits = adaptive_lab.data.digits",
+            "models = adaptive_lab.models",
+            "optimizers = adaptive_lab.optimizers",
+            "plasticity = adaptive_lab.plasticity",
+        ],
+    },
+    zip_safe=False,
+)

@@ -1,0 +1,353 @@
+"""Comparisons: the same numbers everywhere, nothing lost to a killed process, nothing run twice, nothing hidden."""
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from adaptive_lab import cells, evidence
+from adaptive_lab.evidence import Cell, Comparison, compare
+from adaptive_lab.statistics import holm, paired
+
+MEASURES = '''
+import os, signal, sys, time
+from pathlib import Path
+
+def note(recipe, seed, what="run"):
+    Path(recipe["folder"], f"{what}-{recipe['arm']}-{seed}-{time.time_ns()}").touch()
+
+def noted(recipe, seed, what="run"):
+    return any(Path(recipe["folder"]).glob(f"{what}-{recipe['arm']}-{seed}-*"))
+
+def train(recipe, seed):
+    "A short training in float32, from the global generator."
+    import torch
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 1))
+    x = torch.randn(512, 64)
+    y = x.square().mean(1, keepdim=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe["lr"])
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+    return {"loss": loss.item(), "threads": torch.get_num_threads()}
+
+def quick(recipe, seed):
+    note(recipe, seed)
+    time.sleep(recipe.get("seconds", 0))
+    return {"value": seed + recipe.get("shift", 0.)}
+
+def killed(recipe, seed):
+    "`once` and `always` kill their own process; the first time, `once` waits until its neighbour is under way."
+    note(recipe, seed)
+    deadline, arm = time.time() + 8, recipe["arm"]
+    first = len(list(Path(recipe["folder"]).glob(f"run-{arm}-{seed}-*"))) == 1
+    partner = {"once": "neighbour", "neighbour": "once"}.get(arm)
+    while first and partner and not noted({**recipe, "arm": partner}, 0) and time.time() < deadline: time.sleep(.01)
+    if arm == "neighbour": time.sleep(.6)    # still under way when `once` dies
+    if arm == "always" or arm == "once" and first:
+        time.sleep(.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"value": float(seed)}
+
+def awkward(recipe, seed):
+    if recipe["do"] == "raise": raise RuntimeError("no `luck` | at <all>")
+    if recipe["do"] == "exit": sys.exit(3)
+    return {"nan": {"value": float("nan")}, "none": None, "text": {"value": "1"}, "good": {"value": 1., "extra": 2.},
+            "other": {"else": 1.}}[recipe["do"]]
+'''
+
+
+@pytest.fixture(scope="module")
+def measures(tmp_path_factory):
+    "A folder with a module of measures, importable here and in workers."
+    folder = tmp_path_factory.mktemp("measures")
+    (folder / "measured.py").write_text(MEASURES)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def cluster(measures):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None) as c:
+        yield c.scheduler_address
+
+
+def runs(folder, arm="*", seed="*"):
+    return len(list(Path(folder).glob(f"run-{arm}-{seed}-*")))
+
+
+def recipes(folder, **more):
+    return {arm: dict(arm=arm, folder=str(folder), **more) for arm in ("a", "b")}
+
+
+def metrics(result):
+    return [(c.arm, c.seed, c.metrics) for c in result.cells]
+
+
+def test_local_and_dask_give_the_same_bits(cluster, tmp_path):
+    arms = {"slow": {"lr": 0.01}, "fast": {"lr": 0.1}}
+    here = compare(arms, range(3), "measured:train", cache=tmp_path / "here", jobs=2, higher_is_better=False)
+    there = compare(arms, range(3), "measured:train", cache=False, scheduler=cluster, higher_is_better=False)
+    assert not any(c.error for c in here.cells)
+    assert metrics(here) == metrics(there) and here.table() == there.table()
+    assert {c.metrics["threads"] for c in here.cells} == {1.0}
+    assert len({c.metrics["loss"] for c in here.cells}) == 6
+    kept = compare(arms, range(3), "measured:train", cache=tmp_path / "here", jobs=2, higher_is_better=False)
+    assert kept.cells == here.cells  # seconds too: they come from the files
+
+
+@pytest.mark.parametrize("where", ["here", "dask"])
+def test_a_killed_worker_costs_only_its_own_cell(request, measures, tmp_path, where):
+    scheduler = request.getfixturevalue("cluster") if where == "dask" else None
+    arms = {arm: dict(arm=arm, folder=str(tmp_path)) for arm in ("neighbour", "once", "always", "late")}
+    result = compare(arms, [0], "measured:killed", cache=False, jobs=2, scheduler=scheduler)
+    times = 4 if where == "dask" else 3  # Dask's scheduler retries three times, unless it is told otherwise
+    assert {arm: runs(tmp_path, arm) for arm in arms} == {"neighbour": 1, "once": 2, "always": times, "late": 1}
+    lost = {c.arm: c.error for c in result.cells if c.error}
+    assert list(lost) == ["always"] and "WorkerLost" in lost["always"]
+    assert "1 of 4 cells failed" in result.table() and "`always`, seed 0: `WorkerLost" in result.table()
+
+
+SCRIPT = """
+import sys
+from adaptive_lab.evidence import compare
+sys.path.insert(0, sys.argv[1])
+arms = {arm: dict(arm=arm, folder=sys.argv[2], seconds=.15) for arm in ("a", "b")}
+if __name__ == "__main__":
+    try:
+        print("RESULT", len(compare(arms, range(8), "measured:quick", cache=sys.argv[3], jobs=2).cells))
+    except KeyboardInterrupt as e:
+        print("STOPPED", e)
+"""
+
+
+def test_interrupted_and_restarted(measures, tmp_path):
+    script, kept, noted = tmp_path / "script.py", tmp_path / "kept", tmp_path / "noted"
+    script.write_text(SCRIPT)
+    noted.mkdir()
+    command = [sys.executable, str(script), str(measures), str(noted), str(kept)]
+    finished = lambda: len(list(kept.glob("*.json")))
+
+    def stopped_at(count, how):
+        "Start, stop once `count` cells are kept, wait until every process has gone."
+        before, started = finished(), runs(noted)
+        parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        wait_until(lambda: finished() >= count)
+        how(parent.pid)
+        said, _ = parent.communicate(timeout=30)
+        assert wait_until(lambda: not _alive(parent.pid)), "workers outlive their parent"
+        assert count <= finished() < 16
+        assert 0 <= runs(noted) - started - (finished() - before) <= 4  # run in vain: at most what was under way
+        return said
+
+    said = stopped_at(3, lambda pid: os.killpg(pid, signal.SIGINT))  # Ctrl-C in a terminal reaches the workers too
+    assert f"STOPPED stopped with {finished()} of 16 cells done and kept in {kept}" in said
+    stopped_at(finished() + 3, lambda pid: os.kill(pid, signal.SIGKILL))
+    missing, started = 16 - finished(), runs(noted)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "RESULT 16" in again.stdout, again.stderr
+    assert runs(noted) - started == missing
+
+
+def wait_until(happened, seconds=30):
+    deadline = time.time() + seconds
+    while not happened() and time.time() < deadline:
+        time.sleep(0.01)
+    return happened()
+
+
+def _alive(group: int) -> bool:
+    "Whether a process of that process group still runs."
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            return True
+    return False
+
+
+class Here:
+    "This process as the worker: for what is not about workers."
+
+    n, retries = 1, 0
+
+    def __init__(self, n):
+        cells._held.clear()
+
+    def __call__(self, *cell):
+        return cells.run_cell(*cell)
+
+    def close(self):
+        pass
+
+
+def test_what_a_kept_result_depends_on(measures, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "LocalWorkers", Here)
+    (measures / "edited.py").write_text("from measured import quick as run\ndef quick(recipe, seed): return run(recipe, seed)\n")
+    go = lambda seeds=(0,), **more: compare({"a": dict(arm="a", folder=str(tmp_path), **more)}, seeds, "edited:quick", cache=tmp_path / "kept", jobs=1)
+    go(), go()
+    assert runs(tmp_path) == 1
+    go(shift=1), go((0, 1))
+    assert runs(tmp_path) == 3
+    with open(measures / "edited.py", "a") as f:
+        f.write("# changed\n")
+    go((0, 1))
+    assert runs(tmp_path) == 5
+    for f in (tmp_path / "kept").glob("*.json"):
+        f.write_text(f.read_text()[:-20])
+    assert [c.metrics for c in go((0, 1)).cells] == [{"value": 0.0}, {"value": 1.0}]
+    assert runs(tmp_path) == 7
+
+
+def test_failures_are_shown_and_cost_nothing_else(measures, tmp_path):
+    arms = {do: {"do": do} for do in ("good", "raise", "exit", "nan", "none", "text", "other")}
+    result = compare(arms, range(2), "measured:awkward", cache=tmp_path, jobs=2)
+    errors = {c.arm: c.error for c in result.cells if c.seed == 1}
+    assert errors["good"] is None is errors["other"]
+    assert "metric 'value' is nan" in errors["nan"] and "SystemExit: 3" in errors["exit"] and "not None" in errors["none"]
+    text = result.table()
+    assert r"`RuntimeError: no 'luck' \| at <all>`" in text and "10 of 14 cells failed" in text
+    verdicts = {(r.arm, r.metric): r.verdict for r in result.rows()}
+    assert verdicts["other", "value"] == "not measured" and verdicts["raise", "value"] == "failed"
+    assert "measured.py" in next(c.trace for c in result.cells if c.arm == "raise")
+    assert len(list(tmp_path.glob("*.json"))) == 4  # failed cells are tried again
+    result.draw()
+    only = Comparison({"raise": {}}, [0], "m:f", ["raise"], True, [Cell("raise", 0, error="RuntimeError: no")])
+    assert "failed" in only.table() and only.draw()
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(arms={}), "at least one recipe"),
+        (dict(arms=["adam"]), "at least one recipe"),
+        (dict(arms={"a": "adam"}), "not a name (text) with a recipe"),
+        (dict(arms={"a": {"betas": (0.9, 0.99)}}), "arms['a']"),
+        (dict(arms={"a": {"lr": math.inf}}), "arms['a']"),
+        (dict(arms={"a": {"f": print}}), "arms['a']"),
+        (dict(seeds=[]), "seeds=[]"),
+        (dict(seeds=[1, 2, 1]), "none of them twice"),
+        (dict(seeds=[0.5]), "whole numbers"),
+        (dict(baseline="A"), "is not an arm"),
+        (dict(baseline=[]), "is not an arm"),
+        (dict(measure=lambda recipe, seed: {}), "no name that another process can import"),
+        (dict(measure="measured.quick"), "package.module:function"),
+        (dict(measure="nowhere:quick"), "cannot be imported"),
+        (dict(measure="measured:MEASURE"), "cannot be imported"),
+        (dict(cache="/dev/null/kept"), "cache='/dev/null/kept' cannot be written"),
+        (dict(jobs=0), "jobs=0"),
+        (dict(scheduler="tcp://127.0.0.1:1"), "does not answer"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(measures, tmp_path, wrong, said, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    connect = distributed.Client
+    monkeypatch.setattr(distributed, "Client", lambda address, **more: connect(address, **{**more, "timeout": 0.5}))
+    given = dict(arms=recipes(tmp_path), measure="measured:quick", cache=tmp_path / "kept", jobs=1)
+    with pytest.raises(ValueError) as e:
+        compare(**{**given, **wrong})
+    assert said in str(e.value) and runs(tmp_path) == 0
+
+
+def test_a_full_disk_costs_only_the_keeping(measures, tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evidence, "LocalWorkers", Here)
+    monkeypatch.setattr(cells, "write_whole", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        result = compare(recipes(tmp_path), range(2), "measured:quick", cache=tmp_path / "kept", jobs=1)
+    assert len(result.rows()) == 2 and not any(c.error for c in result.cells)
+
+
+def by_hand(values, **more):
+    records = [Cell(arm, seed, {"x": float(v)}) for arm, vs in values.items() for seed, v in enumerate(vs) if v is not None]
+    given = dict(arms={a: {} for a in values}, seeds=[*range(9)], measure="m:f", baseline=["a"], higher_is_better=True, cells=records)
+    return Comparison(**{**given, **more})
+
+
+def test_pairs_are_of_equal_seed_and_complete():
+    a, b = [1, 2, 4, 8, 16, 32], [2, 4, None, 9, 19, 33]
+    row = by_hand({"a": a, "b": b}).rows()[1]
+    keep = [0, 1, 3, 4, 5]
+    assert row.n == 5 == row.difference.n
+    assert row.difference == paired([b[i] for i in keep], [a[i] for i in keep])
+    # the order in which cells are listed does not matter
+    c = by_hand({"a": a, "b": b})
+    assert Comparison(**{**vars(c), "cells": c.cells[::-1]}).rows()[1] == row
+
+
+def test_losers_are_published_and_the_strongest_baseline_is_used():
+    base = np.arange(6.0)
+    noise = np.array([0, 0.1, -0.1, 0.05, 0.02, -0.03])
+    c = by_hand({"a": base, "b": base + 1, "ours": base + 0.5 + noise, "draw": base + 1 + noise}, baseline=["a", "b"])
+    rows = {r.arm: r for r in c.rows()}
+    assert {r.against for r in rows.values()} == {"b"}
+    assert [rows[arm].verdict for arm in ("a", "b", "ours", "draw")] == ["worse", "baseline", "worse", "undecided"]
+    down = {r.arm: r for r in by_hand({k: [*c.values(k, "x").values()] for k in c.arms}, baseline=["a", "b"], higher_is_better={"x": False}).rows()}
+    assert down["ours"].against == "a" and down["ours"].verdict == "worse"
+
+
+def test_no_claim_below_five_seeds_and_no_interval_of_one():
+    four, one = by_hand({"a": [1, 2, 3, 4], "b": [2, 3, 4, 5.1]}).rows()[1], by_hand({"a": [1], "b": [2]}).rows()[1]
+    assert four.verdict == one.verdict == "fewer than 5 seeds"
+    assert four.difference.p < 1e-4 and math.isnan(one.difference.low) and one.difference.mean == 1
+    assert "–" in by_hand({"a": [1], "b": [2]}).table()
+
+
+def test_no_spread():
+    row = by_hand({"a": [1, 2, 3, 4, 5], "b": [2, 3, 4, 5, 6], "c": [1, 2, 3, 4, 5]}).rows()
+    assert (row[1].difference.low, row[1].difference.high, row[1].verdict) == (1, 1, "better")
+    assert (row[2].difference.p, row[2].verdict) == (1, "undecided")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(math.nan)), max_size=8))
+def test_holm_is_its_definition(p):
+    real = sorted(x for x in p if not math.isnan(x))
+    for x, corrected in zip(p, holm(p)):
+        if math.isnan(x):
+            assert math.isnan(corrected)
+        else:  # the last of equal p-values decides for none of them more than the first
+            steps = [min(1, (len(real) - j) * q) for j, q in enumerate(real)]
+            assert corrected in [max(steps[: j + 1]) for j, q in enumerate(real) if q == x]
+
+
+def test_a_worker_with_other_sources_refuses(measures):
+    assert "sources are other than the caller" in cells.run_cell("measured:quick", {}, 0, "another version")["error"]
+
+
+def test_json_round_trip_and_refusals(tmp_path):
+    c = by_hand({"a": [1, 2, 3], "b": [0.1, None, 0.3], "gone": []}, made={"at": "now"})
+    c.to_json(tmp_path / "c.json")
+    assert Comparison.from_json(tmp_path / "c.json") == c
+    data = json.loads((tmp_path / "c.json").read_text())
+    for wrong in ({**data, "format": 99}, {k: v for k, v in data.items() if k != "cells"}, [], {**data, "cells": [{"arm": 1}]}):
+        (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="wrong.json"):
+            Comparison.from_json(tmp_path / "wrong.json")
+
+
+def test_names_are_text_everywhere():
+    c = by_hand({"a": [1, 2], "<b>|`$x_": [2, 3]})
+    assert r"`<b>\|'$x_`" in c.table()
+    c.draw().canvas.draw()
+
+
+def test_importing_is_light():
+    code = "import sys, adaptive_lab.evidence as e; print(sorted({'torch','scipy','sklearn','joblib','distributed','matplotlib','tqdm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,85 @@
+"Every public knob: refused outside its range with name, value and range; has a slider and a flag; stands in the table."
+import math
+
+import pytest
+
+from adaptive_lab.cli import recipe_from_flags
+from adaptive_lab.knobs import KnobError, Knobs, table, walk
+from adaptive_lab.panels.controls import control
+from adaptive_lab.parts import parts
+from adaptive_lab.tape import RunKnobs
+from adaptive_lab.training import Training
+
+GROUPS = {("run", None): RunKnobs, ("training", None): Training}
+GROUPS.update({(kind, name): p.knobs for kind in ("data", "model", "optimizer") for name, p in parts(kind).items()})
+KNOBS = [pytest.param(where, cls, k, id=f"{where[1] or where[0]}.{k.name}") for where, cls in GROUPS.items() for k in walk(cls)]
+
+
+def test_every_class_of_knobs_is_reachable():
+    "A declaration that no part names would escape the walk below."
+    def below(cls):
+        return {cls, *(s for c in cls.__subclasses__() for s in below(c))}
+
+    declared = {c for c in below(Knobs) if c.__module__.startswith("adaptive_lab.") and walk(c)}
+    bases = {c for c in declared if c.__subclasses__()}
+    assert declared - bases <= set(GROUPS.values())
+    assert len(KNOBS) > 30
+
+
+def outside(k):
+    "Values that the declaration does not allow."
+    if k.choices or k.type is bool:
+        return ["no such choice"]
+    if k.type is str:
+        return [3.5]
+    step = 1 if k.type is int else 1e-9
+    found = [math.nan, "many"]
+    if k.low is not None:
+        found.append(k.low if k.low_open else k.low - step)
+    if k.high is not None:
+        found.append(k.high if k.high_open else k.high + max(step, abs(k.high) * 1e-9))
+    return found
+
+
+@pytest.mark.parametrize("where, cls, k", KNOBS)
+def test_outside_the_range_is_refused_by_name_value_and_range(where, cls, k):
+    for value in outside(k):
+        with pytest.raises(KnobError) as e:
+            cls(**{k.name: value})
+        assert k.name in str(e.value) and repr(value) in str(e.value) and k.range in str(e.value)
+        good = cls()
+        with pytest.raises(KnobError):
+            setattr(good, k.name, value)
+        assert getattr(good, k.name) == k.default
+
+
+@pytest.mark.parametrize("where, cls, k", KNOBS)
+def test_slider(where, cls, k):
+    made = control(k, k.default)
+    assert made.description == k.name and k.doc in made.tooltip
+    if k.type in (int, float):
+        base = getattr(made, "base", None)
+        ends = [base**made.min, base**made.max] if base else [made.min, made.max]
+        for value in ends:  # no position of the slider is refused
+            cls(**{k.name: k.type(value)})
+        assert math.isclose(made.value, k.default, rel_tol=1e-9) or (base and k.default < base**made.min)
+
+
+@pytest.mark.parametrize("where, cls, k", KNOBS)
+def test_flag(where, cls, k):
+    group, part = where
+    chosen = [f"--{group}", part] if part else []
+    flag = f"--{group}.{k.name.replace('_', '-')}"
+    if k.type is bool:
+        argv, value = [flag if not k.default else flag.replace(".", ".no-")], not k.default
+    else:
+        value = k.choices[-1] if k.choices else k.default if k.type is not str else "some.csv"
+        argv = [flag, str(value)]
+    _, recipe = recipe_from_flags([*chosen, *argv])
+    assert recipe[f"{group}.{k.name}"] == value
+
+
+@pytest.mark.parametrize("cls", GROUPS.values(), ids=lambda c: c.__name__)
+def test_table(cls):
+    for k in walk(cls):
+        assert f"`{k.name}`" in table(cls) and k.doc.replace("|", "\\|") in table(cls)

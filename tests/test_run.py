@@ -1,0 +1,188 @@
+"Recipes, tapes, runs: bad files, bit-identical replay and resume, atomic changes."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from adaptive_lab.durable import NotWritten
+from adaptive_lab.knobs import KnobError
+from adaptive_lab.live import Live
+from adaptive_lab.run import Run, measure, replay, saved, weights_digest
+from adaptive_lab.store import Store
+from adaptive_lab.tape import Change, Recipe, RecipeError, Session, Tape, load_session, save_session
+from adaptive_lab.training import NonFiniteLoss
+
+SHORT = {"data.steps_per_task": 20, "run.steps": 100, "run.eval_every": 10, "model.hidden": 16, "optimizer.warmup_steps": 10}
+
+
+def recipe(**more):
+    return Recipe("split_digits", "mlp", "plasticity", {**SHORT, **more})
+
+
+changes = st.lists(
+    st.tuples(st.integers(0, 99), st.sampled_from([
+        ("optimizer.plasticity_k", 9.0), ("optimizer.lr", 0.01), ("training.clip", 0.5),
+        ("optimizer.threshold_percentile", 50.0), ("optimizer.adaptive_threshold", False), ("run.eval_every", 7),
+    ])), max_size=6)
+
+
+@settings(max_examples=8, deadline=None)
+@given(changes, st.integers(1, 99))
+def test_a_session_replays_bit_for_bit_through_its_file(tmp_path_factory, moves, stop):
+    "Knobs turned by hand at any steps; the file alone gives the same weights, losses and measurements."
+    run = Run(recipe())
+    for at, (knob, value) in sorted(moves, key=lambda m: m[0]):
+        if at <= stop:
+            run.advance(max(at, run.index))
+            run.change({knob: value})
+    run.advance(max(stop, run.index))
+    path = tmp_path_factory.mktemp("session") / "s.json"
+    save_session(path, run.session())
+    session = load_session(path)
+    again = replay(session.recipe, session.tape, session.until)
+    assert weights_digest(again.model) == session.weights == weights_digest(run.model)
+    assert (again.losses, again.evaluations) == (run.losses, run.evaluations)
+
+
+def test_replay_in_another_process(tmp_path):
+    run = Run(recipe()).advance(30)
+    run.change({"optimizer.plasticity_k": 10.0, "optimizer.lr": 0.02})
+    run.advance(70)
+    save_session(tmp_path / "s.json", run.session())
+    done = subprocess.run([sys.executable, "-m", "adaptive_lab.cli", "replay", str(tmp_path / "s.json")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and run.session().weights in done.stdout and "identical" in done.stdout, done.stdout + done.stderr
+
+
+def test_knobs_matter():
+    "A replay test cannot be passed by a tape that does nothing."
+    plain = weights_digest(Run(recipe()).advance().model)
+    for knob, value in (("optimizer.plasticity_k", 10.0), ("optimizer.lr", 0.01), ("training.clip", 0.01), ("optimizer.trace_decay", 0.9)):
+        assert weights_digest(replay(recipe(), Tape([(50, knob, value)])).model) != plain, knob
+
+
+def test_a_person_who_takes_over_drops_the_rest_of_the_tape():
+    run = Run(recipe(), Tape([(10, "optimizer.lr", 0.01), (60, "optimizer.lr", 0.02)]))
+    feed = run.steps()
+    for _ in range(30):
+        next(feed)
+    run.change({"optimizer.plasticity_k": 1.0})
+    for step in feed:
+        pass
+    assert run.tape == Tape([(10, "optimizer.lr", 0.01), (30, "optimizer.plasticity_k", 1.0)])
+    assert weights_digest(replay(run.recipe, run.tape).model) == weights_digest(run.model)
+
+
+@pytest.mark.parametrize("at", [1, 19, 20, 21, 55, 99])
+def test_resume_is_bit_exact(tmp_path, at):
+    tape = Tape([(15, "optimizer.lr", 0.01), (20, "optimizer.plasticity_k", 8.0), (55, "training.clip", 0.1)])
+    straight = replay(recipe(), tape)
+    store = Store(tmp_path)
+    replay(recipe(), tape, at).save(store, "r")
+    resumed = Run.resume(store, "r")
+    assert resumed.index == at and resumed.tape == tape.before(at) or resumed.tape == tape
+    for c in tape:
+        if c.step >= at and c not in list(resumed.tape):
+            resumed.tape.add(c)
+    resumed.advance()
+    assert weights_digest(resumed.model) == weights_digest(straight.model)
+    assert (resumed.losses, resumed.evaluations) == (straight.losses, straight.evaluations)
+    for a, b in zip(resumed.optimizer.state_dict()["state"].values(), straight.optimizer.state_dict()["state"].values()):
+        assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in b)
+
+
+def test_a_group_of_changes_is_all_or_nothing():
+    run = Run(recipe())
+    with pytest.raises(KnobError, match="plasticity_k=99"):
+        run.change({"optimizer.lr": 0.5, "optimizer.plasticity_k": 99})
+    assert not run.waiting
+    run.advance(5)
+    assert run.optimizer.param_groups[0]["lr"] == 0.001 and len(run.tape) == 0
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda d: d["recipe"].update(format=2), "newer version"),
+    (lambda d: d.update(format=99), "newer version"),
+    (lambda d: d.pop("recipe"), "damaged"),
+    (lambda d: d["recipe"].pop("knobs"), "lacks knobs"),
+    (lambda d: d["recipe"].update(model="os.system"), "no model is called"),
+    (lambda d: d["recipe"]["knobs"].update({"optimizer.lr": "fast"}), "lr='fast'"),
+    (lambda d: d["recipe"]["knobs"].update({"optimizer.speed": 1}), "unknown knob"),
+    (lambda d: d["tape"].append({"step": 3, "knob": "optimizer.lr", "value": 7}), "lr=7"),
+    (lambda d: d["tape"].append({"step": -3, "knob": "optimizer.lr", "value": 0.1}), "step must be"),
+    (lambda d: d["tape"].append({"step": 3, "knob": "model.hidden", "value": 8}), "reset"),
+    (lambda d: d["tape"].append([1]), "damaged"),
+    (lambda d: d.update(until=10**6), "until"),
+])
+def test_damaged_sessions_are_refused_by_name(tmp_path, damage, message):
+    d = Session(recipe(), Tape(), 10).to_dict()
+    damage(d)
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(d))
+    with pytest.raises(RecipeError, match=message) as e:
+        load_session(path)
+    assert "bad.json" in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "null", "[" * 100_000, "\x00"])
+def test_files_that_are_no_sessions(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(RecipeError, match="x.json"):
+        load_session(tmp_path / "x.json")
+    with pytest.raises(RecipeError, match="no such file"):
+        load_session(tmp_path / "y.json")
+
+
+def test_saving_a_session_over_another_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "s.json"
+    save_session(path, Session(recipe(), Tape(), 10))
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(NotWritten, match="disk is full"):
+        save_session(path, Session(recipe(), Tape(), 20))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["s.json"]
+
+
+def test_a_run_that_turns_nan_keeps_its_last_good_state(tmp_path):
+    "Poison enters the data at step 30: the error says so, and the last checkpoint resumes there and is finite."
+    run = Run(recipe(**{"run.eval_every": 1000}))
+    store = Store(tmp_path)
+    with pytest.raises(NonFiniteLoss) as e:
+        for step in saved(run, store, "r", every=1):
+            if step.index == 29:
+                run.data.train._streams[1].X[:] = float("nan")
+    assert e.value.step == 30 == run.index
+    resumed = Run.resume(store, "r")
+    assert resumed.index == 30 and weights_digest(resumed.model) == weights_digest(run.model)
+    assert all(p.isfinite().all() for p in resumed.model.parameters())
+
+
+def test_measure_depends_on_the_seed_alone():
+    r = recipe().to_dict()
+    assert measure(r, 1) == measure(r, 1) != measure(r, 2)
+    assert 0 <= measure(r, 1)["accuracy"] <= 1
+
+
+def test_live_in_a_script_uses_a_thread():
+    live = Live(recipe())
+    live.step(30)
+    live.wait()
+    assert live.state == "paused" and live.run.index == 30
+    live.change({"optimizer.lr": 0.02})
+    live.start()
+    live.wait()
+    assert live.state == "finished" and live.run.tape.changes == [Change(30, "optimizer.lr", 0.02)]
+    assert live.session().weights == weights_digest(replay(live.run.recipe, live.run.tape).model)
+
+
+def test_live_says_what_failed():
+    live = Live(recipe())
+    live.run.data.train._streams[0].X[:] = float("nan")
+    live.start()
+    live.wait()
+    assert live.state == "failed" and isinstance(live.error, NonFiniteLoss)
+    with pytest.raises(RuntimeError, match="failed .*reset"):
+        live.start()
