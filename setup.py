@@ -32,6 +32,7 @@ setup(
         # What a recipe may be built from. Another package adds its own parts under the same group.
         "adaptive_lab.parts": [
             "digits = adaptive_lab.data.digits",
+            "text = adaptive_lab.data.text",
             "models = adaptive_lab.models",
             "optimizers = adaptive_lab.optimizers",
             "plasticity = adaptive_lab.plasticity",

@@ -196,7 +196,7 @@ def run_cell(measure: str, recipe: dict, seed: int, code: str) -> dict:
         if measure not in _held:
             _held[measure] = code_version(measure)
         if _held[measure] != code:
-            raise RuntimeError("this worker's sources are other than the caller's, or were edited meanwhile: compare again, with one version everywhere")
+            raise RuntimeError("this worker's sources are other than the caller's, or were edited meanwhile: compare again")
         with one_thread():
             seed_globals(seed)
             start = time.perf_counter()

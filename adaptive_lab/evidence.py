@@ -151,7 +151,8 @@ def _table(self) -> Table:
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in wide) + "|")
     m = sum(r.difference is not None and not math.isnan(r.difference.p) for r in rows)
     against = ", ".join(dict.fromkeys(_code(r.against) for r in rows))
-    lines += ["", f"Differences: arm − {against}, over pairs of equal seed; 95% interval by Student's t; p corrected over {m} comparison{'s' * (m != 1)}."]
+    how = f"over pairs of equal seed; 95% interval by Student's t; p corrected over {m} comparison{'s' * (m != 1)}"
+    lines += ["", f"Differences: arm − {against}, {how}."]
     return Table("\n".join(lines + self._failures()))
 
 def _failures(self) -> list[str]:
@@ -183,13 +184,15 @@ def _literal(text: str) -> str:
     "Text that matplotlib does not take for a formula."
     return text.replace("$", r"\$")
 
+# %% ../nbs/73_evidence.ipynb #0021
 def _draw(self):
     "A matplotlib figure, one panel a metric: the paired differences, their means and 95% intervals."
     from matplotlib import pyplot as plt
 
     metrics, rows = self.metrics or ["–"], self.rows()
     count = max(sum(r.metric == m and r.verdict != "baseline" for r in rows) for m in metrics)
-    figure, axes = plt.subplots(1, len(metrics), figsize=(2 + 4 * len(metrics), 1.2 + 0.5 * count), squeeze=False, layout="constrained")
+    size = (2 + 4 * len(metrics), 1.2 + 0.5 * count)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, layout="constrained")
     for axis, metric in zip(axes[0], metrics):
         shown = [r for r in rows if r.metric == metric and r.verdict != "baseline"]
         axis.axvline(0, color="black", linewidth=0.8)
@@ -203,7 +206,7 @@ def _draw(self):
 
 Comparison.draw = _draw
 
-# %% ../nbs/73_evidence.ipynb #0023
+# %% ../nbs/73_evidence.ipynb #0024
 FORMAT = 1
 
 def _to_json(self, path):
@@ -224,7 +227,7 @@ def _from_json(cls, path) -> Comparison:
 
 Comparison.to_json, Comparison.from_json = _to_json, classmethod(_from_json)
 
-# %% ../nbs/73_evidence.ipynb #0026
+# %% ../nbs/73_evidence.ipynb #0027
 def _checked(arms, seeds, baseline) -> tuple[dict, list[int], list[str]]:
     "Arms, seeds and baselines, as plain data. Raises `ValueError` for what cannot be compared."
     if not isinstance(arms, dict) or not arms:
@@ -243,7 +246,7 @@ def _checked(arms, seeds, baseline) -> tuple[dict, list[int], list[str]]:
             raise ValueError(f"baseline={b!r} is not an arm: there is {', '.join(arms)}" + (f". Did you mean {near[0]!r}?" if near else ""))
     return dict(arms), seeds, named
 
-# %% ../nbs/73_evidence.ipynb #0029
+# %% ../nbs/73_evidence.ipynb #0030
 @contextmanager
 def _bar(total: int, done: int, show: bool):
     "A progress bar; gives its `update`."
@@ -263,7 +266,7 @@ def _bar(total: int, done: int, show: bool):
         stop.set()
         bar.close()
 
-# %% ../nbs/73_evidence.ipynb #0032
+# %% ../nbs/73_evidence.ipynb #0033
 def _run_missing(cells: dict, outcomes: dict, kept: Kept, jobs: int, scheduler, progress: bool):
     "Run the cells (key → identity) that have no outcome yet; put each outcome into `outcomes`, and keep it, at once."
     todo = [key for key in cells if key not in outcomes]
@@ -280,7 +283,13 @@ def _run_missing(cells: dict, outcomes: dict, kept: Kept, jobs: int, scheduler, 
             where = f"kept in {kept.folder}: the same call goes on from there" if kept.folder else "not kept (cache=False)"
             raise KeyboardInterrupt(f"stopped with {len(outcomes)} of {len(cells)} cells done and {where}") from None
 
-# %% ../nbs/73_evidence.ipynb #0033
+# %% ../nbs/73_evidence.ipynb #0034
+def _circumstances(code: str) -> dict:
+    "When the comparison was finished, on what, and with which versions."
+    now, libraries = datetime.now(timezone.utc).isoformat(timespec="seconds"), {name: version(name) for name in LIBRARIES}
+    return dict(at=now, machine=platform.platform(), code=code, python=platform.python_version(), **libraries)
+
+# %% ../nbs/73_evidence.ipynb #0035
 def compare(
     arms: dict[str, dict],  # name → recipe, plain JSON data
     seeds=range(5),  # each arm is run with each of them; a verdict needs five
@@ -303,7 +312,5 @@ def compare(
     cells = {(arm, seed): cell_identity(name, recipe, seed, code) for seed in seeds for arm, recipe in arms.items()}
     outcomes = {key: outcome for key, identity in cells.items() if (outcome := kept.load(identity))}
     _run_missing(cells, outcomes, kept, jobs, scheduler, progress)
-    made = dict(at=datetime.now(timezone.utc).isoformat(timespec="seconds"), python=platform.python_version(), machine=platform.platform(),
-                code=code, **{library: version(library) for library in LIBRARIES})
     records = [Cell(arm, seed, **outcomes[arm, seed]) for arm in arms for seed in seeds]
-    return Comparison(arms, seeds, name, baseline, higher_is_better, records, made)
+    return Comparison(arms, seeds, name, baseline, higher_is_better, records, _circumstances(code))

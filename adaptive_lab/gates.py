@@ -47,17 +47,17 @@ def typical(x: Tensor) -> Tensor:  # a vector, values ≥ 0 -> a tensor without 
     return no_zeros.nanmedian().nan_to_num_(torch.finfo(x.dtype).tiny)
 
 # %% ../nbs/18_gates.ipynb #0028
-SAMPLE, FEW = 4096, 1024  # elements of a tensor that are looked at for its threshold, for a median
+SAMPLE, FEW = 4096, 1024  # about so many elements of a tensor are looked at for its threshold, for a median
 
 @lru_cache(4096)
-def _stride(size: int, most: int) -> int:
-    "The least step that takes at most `most` of `size` elements and shares no divisor with `size`."
-    return next(s for s in count(-(-size // most)) if gcd(s, size) == 1)
+def _stride(size: int, about: int) -> int:
+    "The least step from size/about on that shares no divisor with `size`."
+    return next(s for s in count(max(1, size // about)) if gcd(s, size) == 1)
 
-def strided(x: Tensor, most: int = SAMPLE) -> Tensor:
-    "At most `most` elements of x, evenly spaced over all its rows and columns, as a vector."
+def strided(x: Tensor, about: int = SAMPLE) -> Tensor:
+    "About so many elements of x (never twice as many), evenly spaced over all its rows and columns, as a vector."
     flat = x.flatten()
-    return flat if len(flat) <= most else flat[:: _stride(len(flat), most)]
+    return flat if len(flat) <= about else flat[:: _stride(len(flat), about)]
 
 # %% ../nbs/18_gates.ipynb #0030
 def percentile(

@@ -215,13 +215,13 @@ def diagnose(groups: list[dict], states: dict) -> dict:
     )
 
 # %% ../nbs/22_plasticity.ipynb #0039
-def sample_tensor(p: Tensor, state: dict, knobs: Plasticity, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    "Of at most `most` weights of one tensor: ê, ĝ (NaN where the gradient is gone), and its threshold of ê."
+def sample_tensor(p: Tensor, state: dict, knobs: Plasticity, about: int) -> tuple[Tensor, Tensor, Tensor]:
+    "Of about so many weights of one tensor: ê, ĝ (NaN where the gradient is gone), and its threshold of ê."
     v = strided(real(state["exp_avg_sq"]))
     e = eligibility(v, float(state["step"]), knobs.trace_decay)
     g = e * float("nan") if p.grad is None else strided(real(p.grad))
     found = marks(e, g, knobs.threshold_percentile, state.get("threshold"))
-    hats = strided(hill(e, found.e_half), most), strided(hill(g.abs(), found.g_half), most)
+    hats = strided(hill(e, found.e_half), about), strided(hill(g.abs(), found.g_half), about)
     return *hats, hill(found.top, found.e_half).reshape(1)
 
 # %% ../nbs/22_plasticity.ipynb #0040
@@ -262,7 +262,7 @@ class SelectivePlasticityOptimizer(GatedAdam):
         return diagnose(self.param_groups, self.state)
 
     def sample_gates(self, n: int = 2000) -> dict:
-        "About n weights, on the processor: e_hat, g_hat, layer; and by layer names, threshold (of e_hat), warmup_left."
+        "About n weights, as CPU tensors: e_hat, g_hat, layer; and of every layer names, threshold (of e_hat), warmup_left."
         return sample_gates(self.param_groups, self.state, n)
 
     def reset_eligibility(self):

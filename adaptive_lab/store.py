@@ -105,7 +105,7 @@ def read_record(path: Path) -> Checkpoint:
         raise Missing(f"there is no record {path}: this checkpoint was never committed, or was deleted.") from None
     except OSError as e:
         raise StoreError(f"{path} cannot be read: {e.strerror or e}. Check that it is a file, and its permissions.") from e
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise Corrupt(f"the record cannot be right: {e}", path) from None
 
 # %% ../nbs/12_store.ipynb #0019
@@ -241,7 +241,8 @@ class Store(Reader):
 
     def delete(self, run: str, step: int):
         "Drop the record of a checkpoint. Its space is freed by `collect`. Raises `Missing`."
-        with locked(self.folder), told(path := self._record(run, check_step(step))):
+        path = self._record(run, check_step(step))
+        with locked(self.folder), told(path):
             path.unlink()
             sync_folder(path.parent)
 
@@ -281,7 +282,7 @@ def _collect(folder: Path, records) -> int:
         objects = [p for p in (folder / "objects").glob("*.safetensors") if p.stem not in needed]
         freed = 0
         for path in [*objects, *(folder / "scratch").glob("*.tmp")]:
-            with suppress(FileNotFoundError), told(path):
+            with told(path), suppress(FileNotFoundError):
                 now = path.stat()
                 if now.st_mtime <= time.time() - GRACE:
                     path.unlink()

@@ -138,7 +138,7 @@ def read_header(f, path, expected: str | None = None) -> Header:
         texts = rows.pop("__metadata__")
         entries = _check_rows(rows, size - 8 - length)
         return Header(entries, *_read_texts(texts, entries, path), 8 + length, found)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
         what = f"no {e}" if isinstance(e, KeyError) else str(e)
         raise Corrupt(f"the header cannot be right: {what}", path, byte=8 + getattr(e, "pos", 0)) from None
 
@@ -235,7 +235,7 @@ def load_state(path: Path, expected: str | None = None):
             raise faults[0]
     try:
         return unpack(header.tree, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StopIteration, RecursionError, struct.error) as e:
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, StopIteration, struct.error) as e:
         raise Corrupt(f"its tree cannot be rebuilt: {type(e).__name__}: {e}", path) from None
 
 # %% ../nbs/11_tensorfile.ipynb #0039

@@ -90,6 +90,7 @@ class DaskWorkers:
         if self._own:
             self.client.close()
 
+# %% ../nbs/72_workers.ipynb #0012
 def _connect(address: str):
     "A Dask client. Raises `ValueError` when Dask is not installed or nothing answers there."
     try:
@@ -101,7 +102,7 @@ def _connect(address: str):
     except (OSError, ValueError) as e:
         raise ValueError(f"scheduler={address!r} does not answer ({e}): start one with `dask scheduler`") from None
 
-# %% ../nbs/72_workers.ipynb #0012
+# %% ../nbs/72_workers.ipynb #0013
 def _run_there(self, *cell) -> dict:
     from distributed.scheduler import KilledWorker
 
@@ -116,7 +117,7 @@ def _run_there(self, *cell) -> dict:
 
 DaskWorkers.__call__ = _run_there
 
-# %% ../nbs/72_workers.ipynb #0015
+# %% ../nbs/72_workers.ipynb #0016
 def _attempt(workers, index: int, cell: tuple) -> tuple[int, dict]:
     "Run a cell, again if its worker was lost."
     for _ in range(1 + workers.retries):
@@ -126,7 +127,7 @@ def _attempt(workers, index: int, cell: tuple) -> tuple[int, dict]:
             lost = f"WorkerLost: {e}"
     return index, dict(error=f"{lost} ({1 + workers.retries} times)" if workers.retries else lost, trace="")
 
-# %% ../nbs/72_workers.ipynb #0016
+# %% ../nbs/72_workers.ipynb #0017
 def run_cells(
     workers,  # LocalWorkers or DaskWorkers; closed at the end
     cells: list[tuple],  # (measure, recipe, seed, code)

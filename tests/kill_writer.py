@@ -77,7 +77,7 @@ def main(folder: str, rounds: int, seed: int):
     once = (time.perf_counter() - begin) / 5
     told = dict(rounds=rounds, inside=0, committed=0, unreported=0, temporary=0, orphans=0)
     for run in range(1, rounds + 1):
-        reported, inside = killed_child(store, run, rng.uniform(0, 3 * once))
+        reported, inside = killed_child(store, run, rng.uniform(0, 2 * once))
         told["inside"] += inside
         told["committed"] += len(reported)
         told["unreported"] += check(store, run, reported)

@@ -116,7 +116,6 @@ def test_keys_typed_in_a_panel_never_reach_the_notebook(project):
         for key in ("a", "b", "x", "ArrowDown", "d", "d", "m", "j"):
             page.keyboard.press(key)
         assert page.evaluate(count) == cells, spots.nth(i).evaluate("e => e.outerHTML")[:200]
-    assert "Mode: Command" in page.content() or True
     assert page.evaluate("() => document.querySelector('.jp-Notebook .jp-Cell').classList.contains('jp-CodeCell')")
 
 
@@ -137,13 +136,13 @@ def test_a_reopened_notebook_shows_its_last_picture(project):
     folder, address, page = project
     press(page, "Reset")
     press(page, "Step n")
-    wait_status(page, "step 100 of")
+    wait_status(page, "paused · step 100 of")
     page.wait_for_timeout(800)
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     page.wait_for_timeout(1500)
     saved = json.loads((folder / "nbs/panel.ipynb").read_text())
     assert any("al-still" in "".join(o.get("data", {}).get("text/html", "")) for c in saved["cells"] for o in c["outputs"])
-    python(page, "import os; os._exit(0)")
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     open_notebook(page, address, "nbs/panel.ipynb")
     page.wait_for_timeout(1500)
     assert page.locator("text=model not found").filter(visible=True).count() == 0

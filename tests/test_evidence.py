@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 from adaptive_lab import cells, evidence
 from adaptive_lab.evidence import Cell, Comparison, compare
 from adaptive_lab.statistics import holm, paired
+from adaptive_lab.workers import LocalWorkers, run_cells
 
 MEASURES = '''
 import os, signal, sys, time
@@ -143,11 +144,12 @@ def test_interrupted_and_restarted(measures, tmp_path):
     def stopped_at(count, how):
         "Start, stop once `count` cells are kept, wait until every process has gone."
         before, started = finished(), runs(noted)
-        parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         wait_until(lambda: finished() >= count)
         how(parent.pid)
-        said, _ = parent.communicate(timeout=30)
+        said, complaints = parent.communicate(timeout=30)
         assert wait_until(lambda: not _alive(parent.pid)), "workers outlive their parent"
+        assert "Traceback" not in complaints
         assert count <= finished() < 16
         assert 0 <= runs(noted) - started - (finished() - before) <= 4  # run in vain: at most what was under way
         return said
@@ -159,6 +161,24 @@ def test_interrupted_and_restarted(measures, tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "RESULT 16" in again.stdout, again.stderr
     assert runs(noted) - started == missing
+
+
+def test_leaving_early_ends_the_cells_under_way(measures, tmp_path):
+    slow, version = recipes(tmp_path, seconds=60), cells.code_version("measured:quick")
+    results = run_cells(LocalWorkers(2), [("measured:quick", r, 0, version) for r in ({**slow["a"], "seconds": 0}, slow["b"])])
+    assert next(results)[0] == 0 and wait_until(lambda: runs(tmp_path, "b"))
+    results.close()
+    assert wait_until(lambda: not any("LokyProcess" in text for text in _children()))
+
+
+def _children():
+    "The command lines of this process's children."
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                yield (stat.parent / "cmdline").read_text()
+        except OSError:
+            continue
 
 
 def wait_until(happened, seconds=30):
@@ -198,7 +218,8 @@ class Here:
 def test_what_a_kept_result_depends_on(measures, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "LocalWorkers", Here)
     (measures / "edited.py").write_text("from measured import quick as run\ndef quick(recipe, seed): return run(recipe, seed)\n")
-    go = lambda seeds=(0,), **more: compare({"a": dict(arm="a", folder=str(tmp_path), **more)}, seeds, "edited:quick", cache=tmp_path / "kept", jobs=1)
+    recipe = recipes(tmp_path)["a"]
+    go = lambda seeds=(0,), **more: compare({"a": {**recipe, **more}}, seeds, "edited:quick", cache=tmp_path / "kept", jobs=1)
     go(), go()
     assert runs(tmp_path) == 1
     go(shift=1), go((0, 1))
@@ -298,7 +319,7 @@ def test_losers_are_published_and_the_strongest_baseline_is_used():
     rows = {r.arm: r for r in c.rows()}
     assert {r.against for r in rows.values()} == {"b"}
     assert [rows[arm].verdict for arm in ("a", "b", "ours", "draw")] == ["worse", "baseline", "worse", "undecided"]
-    down = {r.arm: r for r in by_hand({k: [*c.values(k, "x").values()] for k in c.arms}, baseline=["a", "b"], higher_is_better={"x": False}).rows()}
+    down = {r.arm: r for r in Comparison(**{**vars(c), "higher_is_better": {"x": False}}).rows()}
     assert down["ours"].against == "a" and down["ours"].verdict == "worse"
 
 
@@ -349,5 +370,6 @@ def test_names_are_text_everywhere():
 
 
 def test_importing_is_light():
-    code = "import sys, adaptive_lab.evidence as e; print(sorted({'torch','scipy','sklearn','joblib','distributed','matplotlib','tqdm'} & set(sys.modules)))"
+    heavy = ["torch", "scipy", "sklearn", "joblib", "distributed", "matplotlib", "tqdm"]
+    code = f"import sys, adaptive_lab.evidence; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -6,6 +6,7 @@
 __all__ = ['bench_store']
 
 # %% ../../nbs/94_bench.store.ipynb #0003
+import ctypes
 import os
 import statistics
 import tempfile
@@ -20,6 +21,7 @@ from ..store import Store
 # %% ../../nbs/94_bench.store.ipynb #0004
 def _seconds(f, *args) -> float:
     "Wall time of a call. What it returns is freed after the clock has stopped."
+    _fresh_memory()
     begin = time.perf_counter()
     out = f(*args)
     end = time.perf_counter()
@@ -34,6 +36,12 @@ def _plain_save(state: dict, path: Path, sync: bool):
 
 def _plain_load(path: Path) -> dict:
     return {name: t.clone() for name, t in load_file(path).items()}
+
+def _fresh_memory():
+    "Give freed memory back to the system (glibc), so that the next load gets new pages."
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 # %% ../../nbs/94_bench.store.ipynb #0007
 def _one_round(store: Store, folder: Path, state: dict, k: int) -> dict[str, float]:

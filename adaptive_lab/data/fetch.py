@@ -113,6 +113,12 @@ def _where_to_begin(reply, part: Path) -> int:
     return 0
 
 # %% ../../nbs/05_data.fetch.ipynb #0022
+def _requests_errors() -> tuple:
+    from requests.exceptions import ChunkedEncodingError, ConnectionError, ContentDecodingError, Timeout
+
+    return ChunkedEncodingError, ConnectionError, ContentDecodingError, Timeout
+
+# %% ../../nbs/05_data.fetch.ipynb #0023
 PIECE = 2**14  # bytes written at a time: no more than this is lost when the line is cut
 
 def _write(reply, part: Path, begin: int):
@@ -139,12 +145,22 @@ def _write(reply, part: Path, begin: int):
     if total and part.stat().st_size < total:
         raise Interrupted(f"{part.stat().st_size} of {total} bytes arrived")
 
-def _requests_errors() -> tuple:
-    from requests.exceptions import ChunkedEncodingError, ConnectionError, ContentDecodingError, Timeout
+# %% ../../nbs/05_data.fetch.ipynb #0024
+def _connect(url: str, part: Path):
+    "One connection: ask for what is missing and append it."
+    import requests
 
-    return ChunkedEncodingError, ConnectionError, ContentDecodingError, Timeout
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as reply:
+            _write(reply, part, _where_to_begin(reply, part))
+    except _requests_errors() as e:
+        raise Interrupted(str(e)) from None
+    except requests.RequestException as e:
+        raise FetchError(f"{url}: {e}") from None
 
-# %% ../../nbs/05_data.fetch.ipynb #0023
+# %% ../../nbs/05_data.fetch.ipynb #0026
 class Resumable:
     "A pooch downloader that continues a partial file, a few times over if the line is cut."
 
@@ -161,27 +177,13 @@ class Resumable:
         for attempt in range(self.tries):
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             try:
-                self.connect(url)
+                _connect(url, self.part)
                 return os.replace(self.part, output_file)
             except Interrupted as e:
                 reason = e
         raise FetchError(f"{url}: {self.tries} tries failed, the last one: {reason}. What has arrived is kept; run again to continue.")
 
-    def connect(self, url: str):
-        "One connection: ask for what is missing and append it."
-        import requests
-
-        have = self.part.stat().st_size if self.part.exists() else 0
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as reply:
-                _write(reply, self.part, _where_to_begin(reply, self.part))
-        except _requests_errors() as e:
-            raise Interrupted(str(e)) from None
-        except requests.RequestException as e:
-            raise FetchError(f"{url}: {e}") from None
-
-# %% ../../nbs/05_data.fetch.ipynb #0030
+# %% ../../nbs/05_data.fetch.ipynb #0033
 def _download(url: str, path: Path, remote: Remote, **how):
     "One mirror: fetch, check, move into place."
     import pooch
@@ -195,7 +197,7 @@ def _download(url: str, path: Path, remote: Remote, **how):
             return _download(url, path, remote, **how)
         raise FetchError(f"{url} served a wrong file, which was removed: {e}") from None
 
-# %% ../../nbs/05_data.fetch.ipynb #0031
+# %% ../../nbs/05_data.fetch.ipynb #0034
 def retrieve(
     name: str,  # relative name in the cache
     remote: Remote,
@@ -224,7 +226,7 @@ def retrieve(
         reasons.append(f"cannot write to {path.parent}: {e}")
     raise FetchError(f"{name} could not be fetched. {' '.join(reasons)} {_told(name)}")
 
-# %% ../../nbs/05_data.fetch.ipynb #0033
+# %% ../../nbs/05_data.fetch.ipynb #0036
 def take_out(archive: Path, path: Path, remote: Remote) -> Path:
     "Unpack one member of a zip, check it, move it into place, and remove the zip."
     part = path.with_name(path.name + ".part")
@@ -241,7 +243,7 @@ def take_out(archive: Path, path: Path, remote: Remote) -> Path:
         part.unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/05_data.fetch.ipynb #0037
+# %% ../../nbs/05_data.fetch.ipynb #0040
 def cache_folder() -> Path:
     "Where fetched files are kept: the platform's cache folder of this user."
     import pooch

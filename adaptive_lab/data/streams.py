@@ -27,6 +27,17 @@ def seeded(
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *numbers])
 
 # %% ../../nbs/02_data.streams.ipynb #0008
+def _equal_part(batch_size: int, rank: int, world: int) -> slice:
+    "The rows of a batch that belong to one of `world` processes."
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank} is not allowed: with world={world} processes it must be in [0, {world - 1}]")
+    if batch_size % world:
+        fit = batch_size // world * world
+        raise ValueError(f"batch_size={batch_size} cannot be cut into {world} equal slices: use {fit or world} or {fit + world}")
+    each = batch_size // world
+    return slice(rank * each, (rank + 1) * each)
+
+# %% ../../nbs/02_data.streams.ipynb #0009
 class Stream:
     "Endless batches, a function of (seed, i). Subclasses define `batch_size` and `batch`."
 
@@ -49,18 +60,13 @@ class Stream:
         world: int,  # number of processes
     ) -> "Stream":
         "This process's equal slice of each batch. Raises `ValueError` if the batch cannot be cut into equal slices."
-        if not 0 <= rank < world:
-            raise ValueError(f"rank={rank} is not allowed: with world={world} processes it must be in [0, {world - 1}]")
         if self.part != slice(None):
             raise ValueError("this stream is a shard already: shard the whole stream")
-        if self.batch_size % world:
-            fit = self.batch_size // world * world
-            raise ValueError(f"batch_size={self.batch_size} cannot be cut into {world} equal slices: use {fit or world} or {fit + world}")
-        mine, each = copy.copy(self), self.batch_size // world
-        mine.part = slice(rank * each, (rank + 1) * each)
+        mine = copy.copy(self)
+        mine.part = _equal_part(self.batch_size, rank, world)
         return mine
 
-# %% ../../nbs/02_data.streams.ipynb #0013
+# %% ../../nbs/02_data.streams.ipynb #0014
 class DataError(ValueError):
     "Data that cannot be used: the message says where and why."
 
@@ -74,7 +80,7 @@ def _whole(name: str, value) -> int:
         raise DataError(f"{name}={value!r} is not allowed: {name} must be an integer, 1 or more")
     return count
 
-# %% ../../nbs/02_data.streams.ipynb #0015
+# %% ../../nbs/02_data.streams.ipynb #0016
 def _as_tensor(name: str, values) -> Tensor:
     "Numbers as a tensor; arrays of float64 as float32."
     if not isinstance(values, Tensor):
@@ -91,7 +97,7 @@ def _as_tensor(name: str, values) -> Tensor:
         raise DataError(f"{name} is {values[at].item()} at {at}, not a finite number; {(~finite).sum()} such in all: remove or fill them")
     return values
 
-# %% ../../nbs/02_data.streams.ipynb #0016
+# %% ../../nbs/02_data.streams.ipynb #0017
 def checked(
     X,  # inputs (n, ...): tensor, array or nested lists of finite numbers
     y,  # class numbers (n,)
@@ -109,7 +115,16 @@ def checked(
         raise DataError(f"y[{at}]={y[at].item():g} is not a class number: labels must be whole numbers, 0 or more")
     return X, y.long()
 
-# %% ../../nbs/02_data.streams.ipynb #0019
+# %% ../../nbs/02_data.streams.ipynb #0020
+def _stretch(order, n: int, start: int, need: int) -> Tensor:
+    "The row numbers from `start` on, of epochs of `n` samples laid end to end; `order(epoch)` gives each."
+    epoch, at = divmod(start, n)
+    if at + need <= n:
+        return order(epoch)[at : at + need]
+    epochs = range(epoch, epoch - (-(at + need) // n))
+    return torch.cat([order(e) for e in epochs])[at : at + need]
+
+# %% ../../nbs/02_data.streams.ipynb #0021
 class Batches(Stream):
     "Batches of (X, y) in a new order each epoch; every batch is full. Raises `DataError` on unusable data."
 
@@ -131,20 +146,11 @@ class Batches(Stream):
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: found}
         return found
 
-    def rows(self, i: int) -> Tensor:
-        "The row numbers of the global batch of step `i`."
-        n, need = len(self.y), self.batch_size
-        epoch, at = divmod(i * need, n)
-        if at + need <= n:
-            return self.order(epoch)[at : at + need]
-        epochs = range(epoch, epoch - (-(at + need) // n))
-        return torch.cat([self.order(e) for e in epochs])[at : at + need]
-
     def batch(self, i, part):
-        rows = self.rows(i)[part]
+        rows = _stretch(self.order, len(self.y), i * self.batch_size, self.batch_size)[part]
         return self.X.index_select(0, rows), self.y.index_select(0, rows)
 
-# %% ../../nbs/02_data.streams.ipynb #0022
+# %% ../../nbs/02_data.streams.ipynb #0024
 @dataclass
 class Task:
     "One task: training and test data, and a name to show."
@@ -155,7 +161,7 @@ class Task:
     X_test: Tensor  # (m, ...)
     y_test: Tensor  # (m,)
 
-# %% ../../nbs/02_data.streams.ipynb #0023
+# %% ../../nbs/02_data.streams.ipynb #0025
 class TaskStream(Stream):
     "Tasks one after the other, `steps_per_task` steps each; the last one does not end."
 
@@ -184,7 +190,7 @@ class TaskStream(Stream):
         k = self.task_at(i)
         return self._streams[k].batch(i - k * self.steps_per_task, part)
 
-# %% ../../nbs/02_data.streams.ipynb #0026
+# %% ../../nbs/02_data.streams.ipynb #0028
 class Windows(Stream):
     "Random windows of a row of bytes: x (batch, context) and the next bytes y (batch, context), int64."
 
@@ -209,7 +215,7 @@ class Windows(Stream):
         rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-# %% ../../nbs/02_data.streams.ipynb #0029
+# %% ../../nbs/02_data.streams.ipynb #0031
 @dataclass
 class Data:
     "A training stream, its tests by name, and what a model must know of them."

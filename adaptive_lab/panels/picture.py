@@ -25,7 +25,7 @@ class Picture(anywidget.AnyWidget):
 # %% ../../nbs/86_panels.picture.ipynb #0007
 STYLE = """<style>
 .jp-OutputArea-child:has(.al-still):has(~ .jp-OutputArea-child .al-live){display:none}
-.jp-OutputArea-child:has(.al-still) ~ .jp-OutputArea-child:has(.jp-OutputArea-output.jupyter-widgets:not(:has(*))){display:none}
+.jp-OutputArea-child:has(.al-still) ~ .jp-OutputArea-child .jp-OutputArea-output.jupyter-widgets:not(:has(*)){display:none}
 .al-panel :focus-visible{outline:2px solid #0072b2;outline-offset:1px}
 </style>"""
 
