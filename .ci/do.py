@@ -215,15 +215,14 @@ def as_root():
 def bring_browser():
     "Playwright's own Chromium, or the system's by apt-get; the path, or an empty string when neither works."
     playwright, root = [str(PYTHON), "-m", "playwright"], as_root()
-    ways = [("Chromium by Playwright", [playwright + ["install", "chromium"]])]
-    if root is not None and shutil.which("apt-get"):
-        apt = root + ["env", "DEBIAN_FRONTEND=noninteractive"]
-        ways += [("libraries for it", [apt + playwright + ["install-deps", "chromium"]])]
-        ways += [("Chromium by apt-get", [apt + ["apt-get", "update"], apt + ["apt-get", "install", "-y", "chromium"]])]
-    for name, commands in ways:
-        if all(stage(name, c) == 0 for c in commands) and find_browser():
-            return find_browser()
-    return ""
+    apt = root + ["env", "DEBIAN_FRONTEND=noninteractive"] if root is not None and shutil.which("apt-get") else None
+    brought = stage("Chromium by Playwright", playwright + ["install", "chromium"]) == 0
+    if brought and apt and not find_browser():  # it is there, and does not start
+        stage("libraries for it", apt + playwright + ["install-deps", "chromium"])
+    if apt and not find_browser():
+        stage("list of packages", apt + ["apt-get", "update"])
+        stage("Chromium by apt-get", apt + ["apt-get", "install", "-y", "chromium"])
+    return find_browser()
 
 
 # --- the commands ----------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ def chooser() -> argparse.ArgumentParser:
         p.add_argument(f"--{kind}", metavar="NAME", help=f"one of {', '.join(parts(kind))}")
     p.add_argument("--store", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of checkpoints (default: runs)")
     p.add_argument("--name", default=None, help="the run's name in the store (default: from its parts and seed)")
+    p.add_argument("--overwrite", action="store_true", help="replace a run of that name")
     p.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="steps between checkpoints (default: 500)")
     p.add_argument("--log", type=Path, metavar="FILE", help="write one JSON line for each measurement")
     p.add_argument("--session", type=Path, metavar="FILE", help="write recipe and tape there at the end")
@@ -131,7 +132,14 @@ def train_command(argv) -> int:
     "adaptive-lab train"
     options, recipe = recipe_from_flags(argv)
     name = options.name or "-".join([*recipe.names.values(), f"seed{recipe['run.seed']}"])
-    return _go_on(Run(recipe), Store(options.store), name, options)
+    store, run = Store(options.store), Run(recipe)
+    if there := store.checkpoints(name):
+        if not options.overwrite:
+            raise ValueError(f"a run {name!r} is in {options.store} already, at step {there[-1].step}: go on with it (adaptive-lab resume), or give --name or --overwrite")
+        for checkpoint in there:
+            store.delete(name, checkpoint.step)
+        store.collect()
+    return _go_on(run, store, name, options)
 
 def resume_command(argv) -> int:
     "adaptive-lab resume"

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .cells import LIBRARIES, Kept, canonical, cell_identity, code_version, measure_name, write_whole
+from .cells import LIBRARIES, Kept, canonical, cell_identity, code_version, measure_name
+from .durable import write_durably
 from .knobs import Table
 from .statistics import Difference, holm, paired, verdict
 from .workers import DaskWorkers, LocalWorkers, run_cells
@@ -212,7 +213,7 @@ FORMAT = 1
 def _to_json(self, path):
     "Write the comparison to a JSON file, completely or not at all."
     rows = json.loads(json.dumps([asdict(r) for r in self.rows()]).replace("NaN", "null"))
-    write_whole(Path(path).resolve(), json.dumps(dict(format=FORMAT, **asdict(self), rows=rows), indent=1, allow_nan=False))
+    write_durably(Path(path).resolve(), [json.dumps(dict(format=FORMAT, **asdict(self), rows=rows), indent=1, allow_nan=False).encode()])
 
 def _from_json(cls, path) -> Comparison:
     "Read a comparison from a JSON file. Raises `ValueError` when it is not one, or from a newer version."
@@ -293,7 +294,7 @@ def _circumstances(code: str) -> dict:
 def compare(
     arms: dict[str, dict],  # name → recipe, plain JSON data
     seeds=range(5),  # each arm is run with each of them; a verdict needs five
-    measure="adaptive_lab.tape:measure",  # measure(recipe, seed) → {metric: number}; a function of a module, or 'package.module:name'
+    measure="adaptive_lab.run:measure",  # measure(recipe, seed) → {metric: number}; a function of a module, or 'package.module:name'
     baseline=None,  # the arm to compare with, or several: then the strongest; None: the first
     higher_is_better=True,  # for all metrics, or {metric: bool}; a metric not named there is not judged
     cache=None,  # folder of finished cells; None: the user's cache folder; False: keep nothing (for measures of time)

@@ -26,7 +26,7 @@ class Plasticity(Knobs):
     trace_decay: float = knob(0.99, "decay β of the eligibility trace, per step; it is Adam's second beta", ge=0, lt=1)
     plasticity_k: float = knob(5.0, "sharpness k of the gate; 0 is Adam", ge=0, le=20)
     threshold_percentile: float = knob(75.0, "weights above this percentile of eligibility are protected", ge=0, le=100)
-    warmup_steps: int = knob(1000, "steps of plain Adam before gates act", ge=0, le=100_000)
+    warmup_steps: int = knob(1000, "steps of plain Adam before gates act", ge=0, le=100_000, span=(0, 2000))
     adaptive_threshold: bool = knob(True, "find the threshold anew at each step; else keep the first after warm-up")
     eps: float = knob(1e-8, "added to the divisor of the update", gt=0, le=1, log=True)
     floor: float = knob(0.0, "lowest gate: 0 lets a weight stand still", ge=0, le=1)
@@ -103,7 +103,7 @@ def refuse_sparse(params: list[Tensor]):
 def checked_state(saved: dict, p: Tensor) -> dict:
     "The saved state of one tensor, copied. Raises `ValueError` when it is not Adam's or of another shape."
     if lacks := [n for n in ("step", "exp_avg", "exp_avg_sq") if n not in saved]:
-        raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} has no {lacks[0]!r}: load a state of this optimizer or of Adam")
+        raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} has no {lacks[0]!r}: load one of this optimizer or of Adam")
     for name in ("exp_avg", "exp_avg_sq"):
         if saved[name].shape != p.shape:
             came, due = tuple(saved[name].shape), tuple(p.shape)
@@ -115,7 +115,7 @@ def checked_state(saved: dict, p: Tensor) -> dict:
 def completed(saved: dict, groups: list[dict]) -> dict:
     "A state dict of this optimizer or of Adam, checked against the present groups; what it lacks is filled in."
     if len(saved["param_groups"]) != len(groups):
-        raise ValueError(f"the state has {len(saved['param_groups'])} parameter groups, the optimizer {len(groups)}: add the missing ones first")
+        raise ValueError(f"the state has {len(saved['param_groups'])} parameter groups, the optimizer {len(groups)}: make them equal first")
     states, filled = dict(saved["state"]), []
     for old, mine in zip(saved["param_groups"], groups):
         if len(old["params"]) != len(mine["params"]):

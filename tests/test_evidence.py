@@ -1,5 +1,4 @@
 """Comparisons: the same numbers everywhere, nothing lost to a killed process, nothing run twice, nothing hidden."""
-import errno
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from adaptive_lab import cells, evidence
+from adaptive_lab.durable import NotWritten
 from adaptive_lab.evidence import Cell, Comparison, compare
 from adaptive_lab.statistics import holm, paired
 from adaptive_lab.workers import LocalWorkers, run_cells
@@ -285,12 +285,12 @@ def test_bad_input_is_refused_before_anything_runs(measures, tmp_path, wrong, sa
 
 
 def test_a_full_disk_costs_only_the_keeping(measures, tmp_path, monkeypatch):
-    def full(path, text):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path, parts):
+        raise NotWritten(f"{path} could not be written: the disk is full")
 
     monkeypatch.setattr(evidence, "LocalWorkers", Here)
-    monkeypatch.setattr(cells, "write_whole", full)
-    with pytest.warns(UserWarning, match="No space left"):
+    monkeypatch.setattr(cells, "write_durably", full)
+    with pytest.warns(UserWarning, match="disk is full"):
         result = compare(recipes(tmp_path), range(2), "measured:quick", cache=tmp_path / "kept", jobs=1)
     assert len(result.rows()) == 2 and not any(c.error for c in result.cells)
 

@@ -39,7 +39,8 @@ def run(path, home):
     nb.cells = [c for c in nb.cells if is_run(c, flags)]
     # One thread a kernel, as two run at once; IPython's files in a folder of their own, so that no user's start-up script runs.
     env = {**os.environ, "IPYTHONDIR": str(home), "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    client = NotebookClient(nb, timeout=A_CELL, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    quiet = ["--IPKernelApp.log_level=40"]  # else each kernel warns that it listens on a local port
+    client = NotebookClient(nb, timeout=A_CELL, kernel_name="python3", extra_arguments=quiet, resources={"metadata": {"path": str(path.parent)}})
     try:
         client.execute(env=env)
     except CellExecutionError as e:

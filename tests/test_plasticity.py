@@ -81,7 +81,8 @@ def test_warmup_is_adam_and_the_next_step_is_not():
 
 def test_complex_weights_with_k_0_are_adams():
     walks = []
-    for make in (lambda p: SelectivePlasticityOptimizer(p, plasticity_k=0, warmup_steps=0), lambda p: torch.optim.Adam(p, betas=(0.9, 0.99))):
+    makers = (lambda p: SelectivePlasticityOptimizer(p, plasticity_k=0, warmup_steps=0), lambda p: torch.optim.Adam(p, betas=(0.9, 0.99)))
+    for make in makers:
         p = nn.Parameter(torch.tensor([1 + 2j, -1j, 3]))
         opt = make([p])
         for i in range(20):
@@ -376,7 +377,8 @@ def test_a_state_that_does_not_fit_is_refused_whole():
     fewer = SelectivePlasticityOptimizer([nn.Parameter(torch.ones(2))]).state_dict()
     beyond = copy.deepcopy(before)
     beyond["param_groups"][0]["plasticity_k"] = 99
-    for state, word in ((wide_opt.state_dict(), "shape"), (sgd.state_dict(), "exp_avg|step"), (fewer, "parameters"), (beyond, "plasticity_k")):
+    cases = [(wide_opt.state_dict(), "shape"), (sgd.state_dict(), "exp_avg|step"), (fewer, "parameters"), (beyond, "plasticity_k")]
+    for state, word in cases:
         with pytest.raises(ValueError, match=word):
             opt.load_state_dict(state)
         now = opt.state_dict()

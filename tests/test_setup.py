@@ -151,14 +151,20 @@ def test_a_missing_browser_fails_in_ci_and_is_a_notice_elsewhere(do, monkeypatch
     assert do.test([]) == 0 and len(ran) == 1 and "skipped" in capsys.readouterr().out
 
 
-def test_a_browser_is_brought_by_the_first_way_that_works(do, monkeypatch):
-    tried, found = [], {"Chromium by apt-get": "/usr/bin/chromium"}
+PLAYWRIGHT, LIBRARIES, APT = "Chromium by Playwright", "libraries for it", "Chromium by apt-get"
+
+
+@pytest.mark.parametrize(
+    "works, download, tries",
+    [(PLAYWRIGHT, 0, [PLAYWRIGHT]), (LIBRARIES, 0, [PLAYWRIGHT, LIBRARIES]), (APT, 1, [PLAYWRIGHT, "list of packages", APT])],
+)
+def test_a_browser_is_brought_by_the_first_way_that_works(do, monkeypatch, works, download, tries):
+    tried = []
     monkeypatch.setattr(do, "as_root", lambda: [])
     monkeypatch.setattr(do.shutil, "which", lambda name: "/usr/bin/" + name)
-    monkeypatch.setattr(do, "stage", lambda name, command: tried.append(name) or 0)
-    monkeypatch.setattr(do, "find_browser", lambda: found.get(tried[-1], ""))
-    assert do.bring_browser() == "/usr/bin/chromium"
-    assert list(dict.fromkeys(tried)) == ["Chromium by Playwright", "libraries for it", "Chromium by apt-get"]
+    monkeypatch.setattr(do, "stage", lambda name, command: tried.append(name) or download)
+    monkeypatch.setattr(do, "find_browser", lambda: "/a/browser" if tried[-1] == works else "")
+    assert do.bring_browser() == "/a/browser" and tried == tries
 
 
 def test_make_knows_the_same_commands(do):

@@ -148,7 +148,7 @@ class Digits(Knobs):
 
     source: Literal["digits", "mnist"] = knob("digits", "scikit-learn's 1,797 digits of 8x8, or MNIST's 70,000 of 28x28", live=False)
     root: str = knob("", "folder with MNIST's four files; empty: ADAPTIVE_LAB_DATA, then fetched", live=False)
-    batch_size: int = knob(32, "samples in a global batch", ge=1, le=4096, log=True, live=False)
+    batch_size: int = knob(32, "samples in a global batch", ge=1, le=4096, span=(1, 256), live=False)
 
 def _whole(knobs, seed, X, y, X_test, y_test, classes=None, tests=None) -> Data:
     "One table as `Data`."
@@ -165,7 +165,7 @@ class Mnist(Knobs):
     "MNIST, all classes at once."
 
     root: str = knob("", "folder with the four files; empty: ADAPTIVE_LAB_DATA, then fetched", live=False)
-    batch_size: int = knob(64, "samples in a global batch", ge=1, le=4096, log=True, live=False)
+    batch_size: int = knob(64, "samples in a global batch", ge=1, le=4096, span=(1, 256), live=False)
 
 @part("data", "mnist", Mnist)
 def mnist(knobs: Mnist, seed: int) -> Data:
@@ -176,7 +176,7 @@ def mnist(knobs: Mnist, seed: int) -> Data:
 class Sequence(Digits):
     "Knobs of every sequence of tasks."
 
-    steps_per_task: int = knob(400, "steps before the next task begins", ge=1, le=1_000_000, log=True, live=False)
+    steps_per_task: int = knob(400, "steps before the next task begins", ge=1, le=1_000_000, span=(1, 5000), live=False)
 
 def _sequence(knobs, seed: int, tasks: list[Task]) -> Data:
     "Tasks as `Data`, with a test for each."
@@ -250,7 +250,7 @@ class TableFile(Knobs):
 
     path: str = knob("", ".npz with X and y, or .csv; a relative path means a file in ADAPTIVE_LAB_DATA, if it is there", live=False)
     scale: Literal["standard", "none"] = knob("standard", "features with mean 0 and deviation 1, or as they are", live=False)
-    batch_size: int = knob(32, "samples in a global batch", ge=1, le=4096, log=True, live=False)
+    batch_size: int = knob(32, "samples in a global batch", ge=1, le=4096, span=(1, 256), live=False)
 
 @part("data", "table", TableFile)
 def table(knobs: TableFile, seed: int) -> Data:
