@@ -26,6 +26,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "stamp.json"  # written last: an environment without it is half-finished
+OURS = "made-by-do.py"  # written first: an environment without it is somebody else's, and never removed
 OLDEST = (3, 10)
 
 
@@ -121,10 +122,14 @@ def setup():
 
 
 def make_venv():
-    "An empty .venv, whatever was there before."
+    "An empty .venv, in place of one that this script began."
+    if VENV.is_symlink() or (VENV.exists() and not (VENV / OURS).exists() and any(VENV.iterdir())):
+        sys.exit("%s was not made by this script, so it is left alone. Move it away or delete it, then try again." % VENV)
     if VENV.exists():
         print("set-up: .venv is unfinished, moved, or of another Python: making it anew", flush=True)
         shutil.rmtree(str(VENV))
+    VENV.mkdir()
+    (VENV / OURS).touch()
     base = getattr(sys, "_base_executable", None) or sys.executable  # not a Python inside the folder just removed
     if stage("virtual environment (Python %s)" % sys.version.split()[0], [base, "-I", "-m", "venv", str(VENV)]):
         sys.exit("The virtual environment could not be made; the reason is above.")

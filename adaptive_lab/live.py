@@ -16,7 +16,7 @@ from .run import Run
 from .tape import Recipe, Session, Tape
 
 # %% ../nbs/17_live.ipynb #0005
-SLICE = 0.012  # seconds of training between two looks at the kernel's messages
+SLICE = 0.01  # seconds of training between two looks at the kernel's messages
 PASSES = 5  # passes of the event loop between two slices
 THREAD_FROM = 0.04  # steps longer than this many seconds are made in a thread
 
@@ -37,7 +37,7 @@ class Live:
         self.run, self._steps = run, run.steps()
         self.state, self.error = "ready", None
         self._left, self._length, self.last = 0, None, None  # steps still wanted, seconds a step takes, the last Step
-        self._in_thread, self._probes = False, {}  # a step may be under way now; what is looked at between steps
+        self._in_thread, self._probes = False, {}  # a step may be under way now; probe -> (index, what it saw then)
 
     @property
     def speed(self) -> float:
@@ -57,7 +57,7 @@ def _work(self, seconds: float, most: float = float("inf")):
             with self._busy:
                 self.last = next(self._steps)
                 self._left -= 1
-                self._probes.update({probe: probe(self.run) for probe in list(self._probes)} if self._in_thread else {})
+                self._probes.update({probe: (self.run.index, probe(self.run)) for probe in list(self._probes)} if self._in_thread else {})
         except StopIteration:
             self.state = "finished"
             return
@@ -91,9 +91,11 @@ async def _drive(self):
 # %% ../nbs/17_live.ipynb #0011
 def look(self, probe):
     "`probe(run)` as it was between two steps; None if it has not been computed yet. `probe` must be a named function."
-    if not self._in_thread:
-        self._probes[probe] = probe(self.run)
-    return self._probes.setdefault(probe, None)
+    index, value = self._probes.get(probe, (-1, None))
+    if not self._in_thread and index != self.run.index:
+        index, value = self._probes[probe] = self.run.index, probe(self.run)
+    self._probes.setdefault(probe, (-1, None))
+    return value
 
 def session(self) -> Session:
     "The run so far as a record, taken between two steps."

@@ -7,7 +7,7 @@ __all__ = ['step_seed', 'seeded', 'evaluate', 'Run', 'change', 'steps', 'advance
            'resume', 'saved', 'measure']
 
 # %% ../nbs/16_run.ipynb #0002
-import time
+import threading
 from collections import deque
 from typing import Iterator
 
@@ -130,12 +130,13 @@ def _take_changes(self):
 # %% ../nbs/16_run.ipynb #0018
 def steps(self) -> Iterator[Step]:
     "The rest of the run, a step at each `next`. Knobs turned meanwhile hold from the next step on."
-    if self.knobs["run"].threads:
-        torch.set_num_threads(self.knobs["run"].threads)
     self._replay = {c.step: self.tape.at(c.step) for c in self.tape if c.step >= self.index}
     seed, end = self.recipe["run.seed"], self.recipe["run.steps"]
     feed = train(self.model, self.optimizer, self.data.train, settings=self.knobs["training"], start=self.position or None)
+    threads, here = self.knobs["run"].threads, None
     while self.index < end:
+        if threads and here != (here := threading.get_ident()):
+            torch.set_num_threads(threads)  # torch keeps this number for each thread that computes
         self._take_changes()
         with seeded(step_seed(seed, self.index)):
             step = next(feed)

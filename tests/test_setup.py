@@ -85,6 +85,17 @@ def test_a_broken_environment_is_made_anew(do, made, damage, monkeypatch):
     assert made == ["venv", "packages"]
 
 
+def test_an_environment_of_somebody_else_is_never_removed(do, monkeypatch):
+    monkeypatch.setattr(do, "stage", lambda *a, **k: 0)
+    do.STAMP.rename(do.VENV / "mine")
+    with pytest.raises(SystemExit, match="left alone"):
+        do.make_venv()
+    assert (do.VENV / "mine").exists()
+    (do.VENV / do.OURS).touch()
+    do.make_venv()
+    assert [p.name for p in do.VENV.iterdir()] == [do.OURS]
+
+
 def test_when_pip_refuses_what_worked_before_stays(do, monkeypatch):
     monkeypatch.setattr(do, "stage", lambda *a, **k: 1)
     with pytest.raises(SystemExit, match="setup.log"):

@@ -10,6 +10,8 @@ __all__ = ['Arrays', 'hold_out', 'digit_arrays', 'split_tasks', 'permuted_tasks'
 
 # %% ../../nbs/06_data.digits.ipynb #0003
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -33,20 +35,30 @@ def hold_out(
     split_seed: int = 0,  # which samples; not the seed of a run
 ) -> Arrays:
     "Training and test arrays, stratified by class. Raises `DataError` if a class is too small."
-    from sklearn.model_selection import train_test_split
-
     X, y = checked(X, y)
-    counts = torch.bincount(y)
-    if (counts == 1).any():
-        lonely = int((counts == 1).nonzero()[0])
-        raise DataError(f"class {lonely} has one sample: two are needed, to train and to test; drop it or join it to another")
-    try:
-        train, test = train_test_split(np.arange(len(y)), test_size=share, stratify=y.numpy(), random_state=split_seed)
-    except ValueError as e:
-        raise DataError(f"{len(y)} samples of {(counts > 0).sum()} classes cannot be split with share={share}: {e}") from None
-    return X[train], y[train], X[test], y[test]
+    if not 0 < share < 1:
+        raise DataError(f"share={share!r} is not allowed: a number in (0, 1), the part of each class kept for testing")
+    test = torch.zeros(len(y), dtype=torch.bool)
+    for c in y.unique().tolist():
+        members = (y == c).nonzero().flatten().numpy()
+        if len(members) == 1:
+            raise DataError(f"class {c} has one sample: two are needed, to train and to test; drop it or join it to another")
+        many = min(max(1, round(share * len(members))), len(members) - 1)
+        test[seeded(split_seed, "hold out", c).permutation(members)[:many]] = True
+    return X[~test], y[~test], X[test], y[test]
 
 # %% ../../nbs/06_data.digits.ipynb #0008
+def _packaged() -> tuple[np.ndarray, np.ndarray]:
+    "scikit-learn's digits (1797, 64) in [0, 16], read from its package: importing scikit-learn takes most of a second."
+    file = Path(find_spec("sklearn").submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    if not file.exists():
+        from sklearn.datasets import load_digits
+
+        return load_digits(return_X_y=True)
+    table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1], table[:, -1].astype(int)
+
+# %% ../../nbs/06_data.digits.ipynb #0010
 @lru_cache(2)
 def digit_arrays(
     source: str = "digits",  # digits: scikit-learn's; mnist: fetched once, 11 MB
@@ -54,9 +66,7 @@ def digit_arrays(
 ) -> Arrays:
     "Digits as float32 in [0, 1], (n, 64) or (n, 784), with their test arrays."
     if source == "digits":
-        from sklearn.datasets import load_digits
-
-        X, y = load_digits(return_X_y=True)
+        X, y = _packaged()
         return hold_out((X / 16).astype(np.float32), y)
     found = []
     for name in ("train", "t10k"):
@@ -65,7 +75,7 @@ def digit_arrays(
         found += checked(X, read_idx(fetch(f"mnist/{name}-labels-idx1-ubyte.gz", root)))
     return tuple(found)
 
-# %% ../../nbs/06_data.digits.ipynb #0013
+# %% ../../nbs/06_data.digits.ipynb #0015
 def split_tasks(
     X, y, X_test, y_test,  # arrays, as `hold_out` gives them
     classes_per_task: int = 2,
@@ -82,7 +92,7 @@ def split_tasks(
         tasks.append(Task(",".join(map(str, group)), X[train], y[train] - shift, X_test[test], y_test[test] - shift))
     return tasks
 
-# %% ../../nbs/06_data.digits.ipynb #0016
+# %% ../../nbs/06_data.digits.ipynb #0018
 def permuted_tasks(
     X, y, X_test, y_test,  # arrays with X (n, d)
     tasks: int = 5,
@@ -92,7 +102,7 @@ def permuted_tasks(
     orders = [np.arange(X.shape[1])] + [seeded(seed, "permutation", k).permutation(X.shape[1]) for k in range(1, tasks)]
     return [Task(f"permutation {k}", X[:, order], y, X_test[:, order], y_test) for k, order in enumerate(orders)]
 
-# %% ../../nbs/06_data.digits.ipynb #0019
+# %% ../../nbs/06_data.digits.ipynb #0021
 def _turned(X: Tensor, degrees: float) -> Tensor:
     "Square pictures (n, side * side) turned about their middle, bilinear, with values as before."
     from scipy.ndimage import rotate
@@ -103,7 +113,7 @@ def _turned(X: Tensor, degrees: float) -> Tensor:
     turned = rotate(X.reshape(-1, side, side).numpy(), degrees, axes=(2, 1), reshape=False, order=1)
     return torch.from_numpy(turned.reshape(len(X), -1)).clamp(X.min(), X.max())
 
-# %% ../../nbs/06_data.digits.ipynb #0020
+# %% ../../nbs/06_data.digits.ipynb #0022
 def rotated_tasks(
     X, y, X_test, y_test,  # arrays of square pictures (n, side * side)
     tasks: int = 5,
@@ -113,7 +123,7 @@ def rotated_tasks(
     angles = np.linspace(0, degrees, tasks).tolist()
     return [Task(f"{a:g}°", _turned(X, a) if a else X, y, _turned(X_test, a) if a else X_test, y_test) for a in angles]
 
-# %% ../../nbs/06_data.digits.ipynb #0025
+# %% ../../nbs/06_data.digits.ipynb #0027
 def long_tail(
     X, y,  # training arrays
     imbalance: float = 20.0,  # the largest class over the smallest, 1 or more
@@ -128,7 +138,7 @@ def long_tail(
     rows = torch.cat(kept).sort()[0]
     return X[rows], y[rows]
 
-# %% ../../nbs/06_data.digits.ipynb #0028
+# %% ../../nbs/06_data.digits.ipynb #0030
 def label_noise(
     y,  # training labels
     share: float = 0.2,  # of the labels that become wrong, in [0, 1]
@@ -142,7 +152,7 @@ def label_noise(
     noisy[rows] = (y[rows] + torch.from_numpy(rng.integers(1, max(classes, 2), len(rows)))) % classes
     return noisy
 
-# %% ../../nbs/06_data.digits.ipynb #0031
+# %% ../../nbs/06_data.digits.ipynb #0033
 class Digits(Knobs):
     "Handwritten digits, all classes at once."
 
@@ -160,7 +170,7 @@ def digits(knobs: Digits, seed: int) -> Data:
     "All digits at once."
     return _whole(knobs, seed, *digit_arrays(knobs.source, knobs.root))
 
-# %% ../../nbs/06_data.digits.ipynb #0034
+# %% ../../nbs/06_data.digits.ipynb #0036
 class Mnist(Knobs):
     "MNIST, all classes at once."
 
@@ -172,7 +182,7 @@ def mnist(knobs: Mnist, seed: int) -> Data:
     "All of MNIST; its tasks are those of the digits, with source='mnist'."
     return _whole(knobs, seed, *digit_arrays("mnist", knobs.root))
 
-# %% ../../nbs/06_data.digits.ipynb #0037
+# %% ../../nbs/06_data.digits.ipynb #0039
 class Sequence(Digits):
     "Knobs of every sequence of tasks."
 
@@ -198,7 +208,7 @@ def split_digits(knobs: SplitDigits, seed: int) -> Data:
     "Five tasks of two classes, by default."
     return _sequence(knobs, seed, split_tasks(*digit_arrays(knobs.source, knobs.root), knobs.classes_per_task, knobs.setting))
 
-# %% ../../nbs/06_data.digits.ipynb #0040
+# %% ../../nbs/06_data.digits.ipynb #0042
 class PermutedDigits(Sequence):
     "Digits whose pixels are in another order in each task."
 
@@ -220,7 +230,7 @@ def rotated_digits(knobs: RotatedDigits, seed: int) -> Data:
     "Equal turns, the first one none."
     return _sequence(knobs, seed, rotated_tasks(*digit_arrays(knobs.source, knobs.root), knobs.tasks, knobs.degrees))
 
-# %% ../../nbs/06_data.digits.ipynb #0043
+# %% ../../nbs/06_data.digits.ipynb #0045
 class LongtailDigits(Digits):
     "Digits whose higher classes are rare."
 
@@ -244,7 +254,7 @@ def noisy_digits(knobs: NoisyDigits, seed: int) -> Data:
     X, y, X_test, y_test = digit_arrays(knobs.source, knobs.root)
     return _whole(knobs, seed, X, label_noise(y, knobs.noise, seed), X_test, y_test)
 
-# %% ../../nbs/06_data.digits.ipynb #0046
+# %% ../../nbs/06_data.digits.ipynb #0048
 class TableFile(Knobs):
     "A table of features and classes from a file."
 

@@ -8,6 +8,7 @@ __all__ = ['SHARE', 'FASTEST', 'STILL_EVERY', 'TrainingPanel', 'start', 'pause',
 
 # %% ../../nbs/90_panels.training.ipynb #0002
 import asyncio
+import threading
 import time
 from html import escape
 from pathlib import Path
@@ -22,7 +23,7 @@ from .views import VIEWS, accuracy_view, loss_view
 from ..tape import GROUPS, Recipe, save_session, session_code
 
 # %% ../../nbs/90_panels.training.ipynb #0004
-SHARE = 0.03  # of the time may go into pictures
+SHARE = 0.02  # of the time may go into pictures
 FASTEST = 0.1  # seconds between two pictures at least
 STILL_EVERY = 5.0  # seconds between two renewals of the picture that stays in the file
 
@@ -37,6 +38,11 @@ class TrainingPanel:
     ):
         self.live = Live(recipe, pace=pace)
         self._still, self._pulse, self._drawn_still = Still(), None, 0.0
+        try:
+            self._home = asyncio.get_running_loop()  # where steps are made and pictures drawn
+        except RuntimeError:
+            self._home = None
+        self._thread = threading.get_ident()
         self._quiet = False  # True while sliders are moved by the program, not by a person
         self._due = False  # a redraw is already on its way
         self._build()
@@ -47,12 +53,21 @@ class TrainingPanel:
         return self.live.run
 
 # %% ../../nbs/90_panels.training.ipynb #0007
-def _button(text, tip, act, icon=""):
+def _at_home(self, act, *args):
+    "Call `act` in the panel's own thread: at once when this is it, else as soon as its event loop comes to it."
+    if self._home is None or threading.get_ident() == self._thread:
+        act(*args)
+    else:
+        self._home.call_soon_threadsafe(act, *args)
+
+# %% ../../nbs/90_panels.training.ipynb #0009
+def _button(self, text, tip, act, icon=""):
     "A button that calls `act`, without arguments."
     b = w.Button(description=text, tooltip=tip, icon=icon, layout=dict(width="auto"))
-    b.on_click(lambda _: act())
+    b.on_click(lambda _: self._at_home(act))
     return b
 
+# %% ../../nbs/90_panels.training.ipynb #0010
 def _make_controls(self):
     "One control a knob, by address; sets `controls` (address -> widget) and returns the live ones and the others."
     self.controls, self.declared, live, fixed = {}, {}, [], []
@@ -62,10 +77,10 @@ def _make_controls(self):
             self.controls[f"{group}.{k.name}"], self.declared[f"{group}.{k.name}"] = made, k
             (live if k.live else fixed).append(made)
             if k.live:
-                made.observe(lambda change, address=f"{group}.{k.name}": self._turned(address, change["new"]), "value")
+                made.observe(lambda change, address=f"{group}.{k.name}": self._at_home(self._turned, address, change["new"]), "value")
     return live, fixed
 
-# %% ../../nbs/90_panels.training.ipynb #0008
+# %% ../../nbs/90_panels.training.ipynb #0011
 def _build(self):
     "Make all widgets; `root` holds them."
     buttons = (
@@ -74,7 +89,7 @@ def _build(self):
         ("Reset", "start anew with the knobs as they stand", self.reset, "refresh"), ("Stop", "end this run for good", self.stop, "stop"),
     )
     self.n = w.BoundedIntText(100, min=1, max=10**6, description="n", style=dict(description_width="1em"), layout=dict(width="7em"))
-    self.buttons = {text: _button(text, tip, act, icon) for text, tip, act, icon in buttons}
+    self.buttons = {text: self._button(text, tip, act, icon) for text, tip, act, icon in buttons}
     paces = {"full speed": 0, **{f"{n} steps/s": n for n in sorted({10, 50, 200, 1000, *([self.live.pace] if self.live.pace else [])})}}
     self.pace = w.Dropdown(options=paces, value=self.live.pace or 0, description="pace", style=dict(description_width="3em"), layout=dict(width="11em"))
     self.pace.observe(lambda change: setattr(self.live, "pace", change["new"] or None), "value")
@@ -90,16 +105,16 @@ def _build(self):
     self.root.add_class("al-panel")
     self.draw()
 
-# %% ../../nbs/90_panels.training.ipynb #0009
+# %% ../../nbs/90_panels.training.ipynb #0012
 def _make_export(self):
     "The tape as Python and as a file."
     self.code = w.Textarea(layout=dict(width="98%", height="12em"), disabled=False)
     self.file = w.Text("session.json", description="file", style=dict(description_width="3em"), layout=dict(width="15em"))
     self.saved = w.HTML()
-    row = w.HBox([self.file, _button("Save", "write recipe and tape as JSON", self.save), _button("Show Python", "recipe and tape as code", self.show_code)])
+    row = w.HBox([self.file, self._button("Save", "write recipe and tape as JSON", self.save), self._button("Show Python", "recipe and tape as code", self.show_code)])
     return w.Accordion([w.VBox([row, self.saved, self.code])], titles=("Export",))
 
-# %% ../../nbs/90_panels.training.ipynb #0011
+# %% ../../nbs/90_panels.training.ipynb #0014
 def _turned(self, address, value):
     "A control was moved by a person."
     if self._quiet or same(self.live.settings()[address], value):
@@ -120,7 +135,7 @@ def _show_values(self):
     finally:
         self._quiet = False
 
-# %% ../../nbs/90_panels.training.ipynb #0012
+# %% ../../nbs/90_panels.training.ipynb #0015
 def _do(self, act):
     "Carry out a button's action; what goes wrong is told in the status line."
     try:
@@ -153,7 +168,7 @@ def stop(self):
     self._do(self.live.stop)
     self._keep()
 
-# %% ../../nbs/90_panels.training.ipynb #0013
+# %% ../../nbs/90_panels.training.ipynb #0016
 def reset(self):
     "Start anew, with every control as it stands."
     fixed = {a: c.value for a, c in self.controls.items() if not self.declared[a].live and not same(self.run.recipe[a], c.value)}
@@ -161,7 +176,7 @@ def reset(self):
     self._show_values()
     self._keep()
 
-# %% ../../nbs/90_panels.training.ipynb #0014
+# %% ../../nbs/90_panels.training.ipynb #0017
 def save(self):
     "Write recipe and tape to the file named in the panel, beside the notebook."
     def act():
@@ -174,7 +189,7 @@ def show_code(self):
     "Recipe and tape as Python, to be copied."
     self.code.value = session_code(self.live.session())
 
-# %% ../../nbs/90_panels.training.ipynb #0016
+# %% ../../nbs/90_panels.training.ipynb #0019
 def _say(self, text: str = ""):
     "The status line: state, step, speed, last loss, what waits; and a message."
     live, run = self.live, self.run
@@ -190,11 +205,11 @@ def _say(self, text: str = ""):
 
 def draw(self):
     "Renew every picture and the status line."
-    for p, view in ((self.accuracy, accuracy_view), (self.loss, loss_view), *self.extra):
+    for p, view in (*self.extra, (self.accuracy, accuracy_view), (self.loss, loss_view)):  # what sliders change first
         p.svg = view(self.live)
     self._say()
 
-# %% ../../nbs/90_panels.training.ipynb #0017
+# %% ../../nbs/90_panels.training.ipynb #0020
 def _draw_soon(self):
     "Redraw once, after the messages that are already here."
     if self._due:
@@ -210,7 +225,7 @@ def _draw_now(self):
     self._due = False
     self.draw()
 
-# %% ../../nbs/90_panels.training.ipynb #0018
+# %% ../../nbs/90_panels.training.ipynb #0021
 async def _follow(self):
     "Redraw while the run goes on, as often as the cost allows, and once at its end."
     while self.live.state == "running":
@@ -230,14 +245,14 @@ def _keep(self):
     caption = f"{self.live.state} at step {self.run.index} of {self.run.recipe['run.steps']}. Run this cell to make it live."
     self._still.renew(still([p.svg for p in (self.accuracy, self.loss, *[p for p, _ in self.extra])], caption))
 
-# %% ../../nbs/90_panels.training.ipynb #0019
+# %% ../../nbs/90_panels.training.ipynb #0022
 def _ipython_display_(self):
     self._still.show(still([self.accuracy.svg, self.loss.svg], "Run this cell to make it live."))
     from IPython.display import display
 
     display(self.root)
 
-# %% ../../nbs/90_panels.training.ipynb #0020
-for f in (_make_controls, _build, _make_export, _turned, _show_values, _do, start, pause, step, stop, reset, save, show_code,
+# %% ../../nbs/90_panels.training.ipynb #0023
+for f in (_at_home, _button, _make_controls, _build, _make_export, _turned, _show_values, _do, start, pause, step, stop, reset, save, show_code,
           _say, draw, _draw_soon, _draw_now, _follow, _keep, _ipython_display_):
     setattr(TrainingPanel, f.__name__, f)
