@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'FORMAT', 'RunKnobs', 'RecipeError', 'Recipe', 'split_address', 'recipe_to_dict', 'recipe_from_dict',
-           'check_format', 'Change', 'Tape', 'Session', 'session_from_dict', 'check_change', 'save_session',
-           'load_session', 'session_code']
+           'check_format', 'Change', 'Tape', 'at', 'before', 'Session', 'session_from_dict', 'check_change',
+           'save_session', 'load_session', 'session_code']
 
 # %% ../nbs/15_tape.ipynb #0003
 import json
@@ -137,15 +137,18 @@ class Tape:
     def __eq__(self, other):
         return isinstance(other, Tape) and self.changes == other.changes
 
-    def at(self, step: int) -> dict:
-        "What changes at that step: address -> value."
-        return {c.knob: c.value for c in self.changes if c.step == step}
+# %% ../nbs/15_tape.ipynb #0016
+def at(self: Tape, step: int) -> dict:
+    "What changes at that step: address -> value."
+    return {c.knob: c.value for c in self.changes if c.step == step}
 
-    def before(self, step: int) -> "Tape":
-        "The part of the tape that steps with a smaller index were made with."
-        return Tape(c for c in self.changes if c.step < step)
+def before(self: Tape, step: int) -> Tape:
+    "The part of the tape that steps with a smaller index were made with."
+    return Tape(c for c in self.changes if c.step < step)
 
-# %% ../nbs/15_tape.ipynb #0018
+Tape.at, Tape.before = at, before
+
+# %% ../nbs/15_tape.ipynb #0019
 @dataclass
 class Session:
     "A recipe, a tape, the number of steps made, and the digest of the weights after them (None if unknown)."
@@ -161,7 +164,7 @@ class Session:
         changes = [asdict(c) for c in self.tape]
         return dict(format=FORMAT, recipe=self.recipe.to_dict(), tape=changes, until=self.until, weights=self.weights, made_with=self.made_with or {})
 
-# %% ../nbs/15_tape.ipynb #0019
+# %% ../nbs/15_tape.ipynb #0020
 def session_from_dict(d: dict) -> Session:
     "The session that `to_dict` wrote, every knob on its tape checked. Raises `RecipeError` and what `Recipe` raises."
     check_format(d, "session")
@@ -179,7 +182,7 @@ def session_from_dict(d: dict) -> Session:
 
 Session.from_dict = staticmethod(session_from_dict)
 
-# %% ../nbs/15_tape.ipynb #0020
+# %% ../nbs/15_tape.ipynb #0021
 def check_change(recipe: Recipe, address: str, value):
     "The value as its declaration reads it. Raises `KnobError` if it is out of range or the knob is not live."
     group, name = split_address(address, recipe.declared)
@@ -188,7 +191,7 @@ def check_change(recipe: Recipe, address: str, value):
         raise KnobError(f"{address} shapes what is built and cannot change while it runs: change the recipe and reset")
     return getattr(cls(**{name: value}), name)
 
-# %% ../nbs/15_tape.ipynb #0021
+# %% ../nbs/15_tape.ipynb #0022
 def save_session(path, session: Session):
     "Write a session as JSON. Raises `NotWritten`, with the old file untouched, when it cannot be written."
     write_durably(Path(path), [(json.dumps(session.to_dict(), indent=1) + "\n").encode()])
@@ -204,7 +207,7 @@ def load_session(path) -> Session:
     except (RecipeError, KnobError, LookupError) as e:
         raise RecipeError(f"{path}: {e}") from None
 
-# %% ../nbs/15_tape.ipynb #0025
+# %% ../nbs/15_tape.ipynb #0026
 def session_code(session: Session) -> str:
     "Python code that builds this recipe and tape and replays them."
     recipe = session.recipe

@@ -171,9 +171,7 @@ def train(
     start: dict | None = None,  # a step's `position`: go on after it
     accelerator=None,  # an `accelerate.Accelerator`; made from the settings when not given
 ) -> Iterator[Step]:
-    """Train, one optimizer step at each `next`; yields a `Step` after it.
-
-    Raises `NonFiniteLoss` before the optimizer would use a loss that is NaN or infinite."""
+    "One optimizer step at each `next`, then its `Step`. Raises `NonFiniteLoss` before a loss that is NaN or infinite is used."
     settings = settings or Training()
     accelerator = accelerator or make_accelerator(settings)
     _check_arguments(model, optimizer, steps, settings)

@@ -120,7 +120,9 @@ def test_keys_typed_in_a_panel_never_reach_the_notebook(project):
 
 
 def test_reset_and_refusal(project):
-    _, _, page = project
+    _, address, page = project
+    open_notebook(page, address, "nbs/panel.ipynb")
+    run_all(page)
     python(page, "panel._turned('optimizer.lr', 5.0)")
     wait_status(page, "lr=5.0 is not allowed")
     press(page, "Reset")
@@ -134,7 +136,8 @@ def test_reset_and_refusal(project):
 
 def test_a_reopened_notebook_shows_its_last_picture(project):
     folder, address, page = project
-    press(page, "Reset")
+    open_notebook(page, address, "nbs/panel.ipynb")
+    run_all(page)
     press(page, "Step n")
     wait_status(page, "paused · step 100 of")
     page.wait_for_timeout(800)

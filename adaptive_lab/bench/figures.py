@@ -42,6 +42,7 @@ class Figure:
         "Is it within its bar?"
         return self.bar is None or self.value <= self.bar
 
+# %% ../../nbs/93_bench.figures.ipynb #0007
 @dataclass
 class Report:
     "The figures of one benchmark, made in one run."

@@ -17,13 +17,13 @@ def marks(live: Live) -> list:
     found = [(c.step, f"{c.knob} = {c.value:.4g}" if isinstance(c.value, float) else f"{c.knob} = {c.value}") for c in run.tape.changes[-30:]]
     return found + [(run.index, f"{k} = {v} from the next step on") for k, v in run.waiting.items()]
 
-def loss_view(live: Live, width: int = 460):
+def loss_view(live: Live, width: int = 600):
     "The loss of each step."
     n = len(live.run.losses)
-    return curves({"loss": (range(n), live.run.losses)}, "loss", xlim=(0, max(50, n)), marks=marks(live), width=width, height=150)
+    return curves({"loss": (range(n), live.run.losses)}, "loss", xlim=(0, max(50, n)), marks=marks(live), width=width, height=130)
 
 # %% ../../nbs/89_panels.views.ipynb #0005
-def accuracy_view(live: Live, width: int = 460):
+def accuracy_view(live: Live, width: int = 600):
     "Accuracy on each held-out set over time; dashed lines where a knob was turned."
     seen = live.run.evaluations
     steps = [e["step"] for e in seen]
