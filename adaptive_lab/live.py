@@ -124,7 +124,7 @@ def _go(self, steps: float):
         self._task = loop.create_task(self._drive())
 
 def start(self):
-    "Run to the recipe's end, or on from a pause."
+    "Run to the recipe's end, or on from a pause; `resume` is the same."
     self._go(float("inf"))
 
 def step(self, n: int = 1):
@@ -179,3 +179,4 @@ async def rest(self):
 # %% ../nbs/17_live.ipynb #0018
 for f in (_work, _drive, look, session, _go, start, step, pause, stop, change, settings, reset, wait, rest):
     setattr(Live, f.__name__, f)
+Live.resume = start

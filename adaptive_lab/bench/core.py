@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -32,9 +33,9 @@ def network(width: int = 256) -> tuple[nn.Module, torch.optim.Optimizer, Batches
     model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
     return model, torch.optim.Adam(model.parameters()), Batches(X, y, 64, seed=0)
 
-def by_hand(model, optimizer, batches, steps: int):
-    "The loop that a person would write."
-    for i in range(steps):
+def by_hand(model, optimizer, batches, steps: range):
+    "The loop that a person would write, over the batches of these steps."
+    for i in steps:
         x, y = batches[i]
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
@@ -47,8 +48,8 @@ def generator_figures(turns: int) -> list[Figure]:
     torch.set_num_threads(1)
     try:
         parts, bare = network(), network()
-        feed = train(*parts)
-        blocks = (lambda: seconds(lambda: [next(feed) for _ in range(100)])), (lambda: seconds(lambda: by_hand(*bare, 100)))
+        feed, at = train(*parts), count(0, 100)
+        blocks = (lambda: seconds(lambda: [next(feed) for _ in range(100)])), (lambda: seconds(lambda: by_hand(*bare, range(k := next(at), k + 100))))
         for block in blocks:
             block()
         ours, theirs, ratio = in_turn(*blocks, turns)
@@ -86,7 +87,7 @@ with panel.live._busy:
 def speeds(page, turns: int, each: float) -> tuple[float, float, float]:
     "Steps a second with the panel at work and by a plain loop, medians, and the median of their ratios."
     def live():
-        press(page, "Start")
+        python(page, "panel.start()")
         page.wait_for_timeout(400)
         began, first = map(float, python(page, "import time; print(time.perf_counter(), panel.run.index)").split())
         page.wait_for_timeout(each * 1000)

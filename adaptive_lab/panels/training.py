@@ -209,6 +209,7 @@ def show_code(self):
 def _say(self, text: str = ""):
     "The status line: state, step, speed, last loss, what waits; and a message."
     live, run = self.live, self.run
+    self.buttons["Start"].description = "Resume" if live.state == "paused" else "Start"
     parts = [f"<b>{live.state}</b>", f"step {run.index} of {run.recipe['run.steps']}"]
     if run.losses:
         parts.append(f"loss {run.losses[-1]:.4f}")
