@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOOR = {m[2]: int(m[1]) for p in (ROOT / "nbs").glob("[0-9]*.ipynb") if (m := re.fullmatch(r"(\d+)_(.+)\.ipynb", p.name))}
 MECHANISMS, FACES = range(20, 70), 80  # floors
 PLAIN = {"knobs": ("torch",), "draw": ("torch", "widgets"), "spheres": ("torch", "widgets")}  # what these never import
-STANDS_ON = {("controller", "transformer"), ("bytropix", "transformer"), ("bytropix", "wubu")}
+STANDS_ON = {("plasticity", "gates"), ("controller", "transformer"), ("bytropix", "transformer"), ("bytropix", "wubu")}
 WIDGETS = ("ipywidgets", "anywidget", "IPython", "traitlets", "jupyterlab", "ipykernel")
 HEAVY = ("nbdev", "fastcore", "IPython", "ipywidgets", "jupyter_core", "jupyter_client", "matplotlib", "sklearn", "scipy", "accelerate", "distributed", "dask")
 
