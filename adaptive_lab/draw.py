@@ -134,9 +134,10 @@ def histogram(
     count, _ = np.histogram(v, bins, xlim)
     share = count / max(1, len(v))
     box = (46, 22, width - 12, height - 30)
-    w, h = (box[2] - box[0]) / bins, box[3] - box[1]
+    top = next(t for t in (0.25, 0.5, 1.0) if share.max() <= t)  # few scales, so that bars do not jump
+    w, h = (box[2] - box[0]) / bins, (box[3] - box[1]) / top
     bars = "".join(f'<rect x="{box[0] + i * w + .5:.1f}" y="{box[3] - s * h:.1f}" width="{w - 1:.1f}" height="{s * h:.1f}" fill="{COLORS[0]}"/>' for i, s in enumerate(share) if s)
-    return picture(_axes(box, xlim, (0, 1), xlabel) + bars, width, height, title)
+    return picture(_axes(box, xlim, (0, top), xlabel) + bars, width, height, title)
 
 # %% ../nbs/80_draw.ipynb #0025
 def bars(values: dict, title: str, width: int = 300, xlabel: str = "") -> SVG:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Callable
 
-from .knobs import Knobs, knob
+from .knobs import Knobs
 
 # %% ../nbs/01_parts.ipynb #0004
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ _parts: dict[tuple[str, str], Part] = {}
 
 class UnknownPart(LookupError):
     "A recipe names a part that no installed package and no imported module has registered."
-    __str__ = Exception.__str__
 
 # %% ../nbs/01_parts.ipynb #0005
 def part(kind: str, name: str, knobs: type[Knobs]):

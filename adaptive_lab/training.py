@@ -8,7 +8,8 @@ __all__ = ['Training', 'Step', 'NonFiniteLoss', 'cross_entropy', 'random_state',
 # %% ../nbs/10_training.ipynb #0003
 import math
 import random
-from typing import Any, Callable, Iterable, Iterator, Literal
+from contextlib import nullcontext
+from typing import Any, Callable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -27,20 +28,17 @@ class Training(Knobs):
 
 # %% ../nbs/10_training.ipynb #0007
 class Step:
-    "One optimizer step: `index` (from 0), `loss`, `metrics`, `position` (to resume after it), the model and the optimizer."
+    """One optimizer step, after it was made.
 
-    __slots__ = ("index", "_loss", "metrics", "position", "model", "optimizer", "grad_norm")
+    `index` counts from 0; `loss` is the mean over the global batch (all processes, all accumulated batches);
+    `position` is plain data with which to resume after it; `grad_norm` is the norm before clipping, a tensor, or None
+    when `clip` is 0; `metrics` is a dict for what consumers measure; `model` and `optimizer` are those given."""
+
+    __slots__ = ("index", "loss", "metrics", "position", "model", "optimizer", "grad_norm")
 
     def __init__(self, index, loss, position, model, optimizer, grad_norm=None):
-        self.index, self._loss, self.position, self.grad_norm = index, loss, position, grad_norm
+        self.index, self.loss, self.position, self.grad_norm = index, loss, position, grad_norm
         self.model, self.optimizer, self.metrics = model, optimizer, {}
-
-    @property
-    def loss(self) -> float:
-        "Mean loss of the step's global batch (all processes, all accumulated batches)."
-        if not isinstance(self._loss, float):
-            self._loss = self._loss.item()
-        return self._loss
 
     def __repr__(self):
         return f"Step({self.index}, loss={self.loss:.4g}" + "".join(f", {k}={v:.4g}" for k, v in self.metrics.items()) + ")"
@@ -151,7 +149,7 @@ def _gradients(model, optimizer, feed, accelerator, loss, n: int):
             value = loss(model, batch)
             value.backward()
         else:
-            with accelerator.no_sync(model) if j < n - 1 else accelerator.autocast(), accelerator.autocast():
+            with accelerator.no_sync(model) if j < n - 1 else nullcontext(), accelerator.autocast():
                 value = loss(model, batch) / n
             accelerator.backward(value)
         total = value.detach() if total is None else total + value.detach()
@@ -183,7 +181,7 @@ def train(
             model.train()
         optimizer.zero_grad()
         value, name, position = _gradients(wrapped, optimizer, feed, accelerator, loss, settings.accumulate)
-        _check_finite(value, index, name, optimizer)
+        value = _finite(value, index, name, optimizer)
         norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip) if settings.clip else None
         stepper.step()
         if scheduler is not None:
@@ -201,10 +199,12 @@ def _prepare(model, optimizer, accelerator):
                 state[k] = v.to(accelerator.device)
     return wrapped, accelerator.prepare_optimizer(optimizer) if accelerator.mixed_precision == "fp16" else optimizer
 
-def _check_finite(value, index, name, optimizer):
+def _finite(value, index, name, optimizer) -> float:
+    "The loss as a number. Raises `NonFiniteLoss` when it is none."
     if not math.isfinite(number := value.item()):
         optimizer.zero_grad()
         raise NonFiniteLoss(number, index, name)
+    return number
 
 def _check_arguments(model, optimizer, steps, settings):
     known = {id(p) for p in model.parameters()}

@@ -110,7 +110,9 @@ def test_a_session_by_hand_replays_to_identical_weights(project, monkeypatch):
 
 def test_keys_typed_in_a_panel_never_reach_the_notebook(project):
     "a and b insert cells, dd deletes, arrows move, Enter edits: none of it from inside the panel."
-    _, _, page = project
+    _, address, page = project
+    open_notebook(page, address, "nbs/panel.ipynb")
+    run_all(page)
     count = "() => document.querySelectorAll('.jp-Notebook .jp-Cell').length"
     cells = page.evaluate(count)
     spots = page.locator(".al-panel button:visible, .al-panel input:visible, .al-panel select:visible, .al-panel textarea:visible, .al-panel .noUi-handle:visible, .al-panel [contenteditable]:visible")
@@ -159,7 +161,8 @@ def test_a_reopened_notebook_shows_its_last_picture(project):
 
 
 def test_a_failed_run_says_why(project):
-    _, _, page = project
+    _, address, page = project
+    open_notebook(page, address, "nbs/panel.ipynb")
     run_all(page)
     python(page, "panel.run.data.train._streams[0].X[:] = float('nan')")
     press(page, "Start")

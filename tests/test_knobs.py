@@ -65,6 +65,13 @@ def test_slider(where, cls, k):
         assert math.isclose(made.value, k.default, rel_tol=1e-9) or (base and k.default < base**made.min)
 
 
+def another(k):
+    "An allowed number that is not the default."
+    if k.type is int:
+        return k.default + 1 if k.high is None or k.default < k.high else k.default - 1
+    return (k.default + k.high) / 2 if k.default < k.high else (k.default + k.low) / 2
+
+
 @pytest.mark.parametrize("where, cls, k", KNOBS)
 def test_flag(where, cls, k):
     group, part = where
@@ -73,8 +80,9 @@ def test_flag(where, cls, k):
     if k.type is bool:
         argv, value = [flag if not k.default else flag.replace(".", ".no-")], not k.default
     else:
-        value = k.choices[-1] if k.choices else k.default if k.type is not str else "some.csv"
+        value = k.choices[-1] if k.choices else another(k) if k.type is not str else "some.csv"
         argv = [flag, str(value)]
+    assert value != k.default or len(k.choices) == 1
     _, recipe = recipe_from_flags([*chosen, *argv])
     assert recipe[f"{group}.{k.name}"] == value
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from adaptive_lab.durable import NotWritten
 from adaptive_lab.knobs import KnobError
 from adaptive_lab.live import Live
-from adaptive_lab.run import Run, measure, replay, saved, weights_digest
+from adaptive_lab.run import Run, replay, saved, weights_digest
 from adaptive_lab.store import Store
 from adaptive_lab.tape import Change, Recipe, RecipeError, Session, Tape, load_session, save_session
 from adaptive_lab.training import NonFiniteLoss
@@ -83,10 +83,7 @@ def test_resume_is_bit_exact(tmp_path, at):
     store = Store(tmp_path)
     replay(recipe(), tape, at).save(store, "r")
     resumed = Run.resume(store, "r")
-    assert resumed.index == at and resumed.tape == tape.before(at) or resumed.tape == tape
-    for c in tape:
-        if c.step >= at and c not in list(resumed.tape):
-            resumed.tape.add(c)
+    assert resumed.index == at and resumed.tape == tape
     resumed.advance()
     assert weights_digest(resumed.model) == weights_digest(straight.model)
     assert (resumed.losses, resumed.evaluations) == (straight.losses, straight.evaluations)
@@ -158,12 +155,6 @@ def test_a_run_that_turns_nan_keeps_its_last_good_state(tmp_path):
     resumed = Run.resume(store, "r")
     assert resumed.index == 30 and weights_digest(resumed.model) == weights_digest(run.model)
     assert all(p.isfinite().all() for p in resumed.model.parameters())
-
-
-def test_measure_depends_on_the_seed_alone():
-    r = recipe().to_dict()
-    assert measure(r, 1) == measure(r, 1) != measure(r, 2)
-    assert 0 <= measure(r, 1)["accuracy"] <= 1
 
 
 def test_live_in_a_script_uses_a_thread():

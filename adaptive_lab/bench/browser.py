@@ -7,7 +7,6 @@ __all__ = ['CLOCK', 'FLAGS', 'READ', 'free_port', 'lab_server', 'browser_page', 
            'python', 'latency', 'quantile', 'panel_notebook']
 
 # %% ../../nbs/94_bench.browser.ipynb #0003
-import json
 import os
 import socket
 import subprocess
@@ -111,7 +110,7 @@ def slider(page, name: str):
     "The handle of the slider of that knob."
     return page.locator(".al-panel .widget-slider", has=page.get_by_text(name, exact=True)).first.locator(".noUi-handle")
 
-def python(page, code: str, timeout: float = 30) -> str:
+def python(page, code: str) -> str:
     "Run code in the notebook's kernel, outside any cell, and return what it prints."
     script = """async (code) => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
       const f = k.requestExecute({code, store_history: false, silent: false}); let out = '';

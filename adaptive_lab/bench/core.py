@@ -6,7 +6,7 @@
 __all__ = ['LIBRARY', 'WIDTHS', 'PLAIN', 'BARS', 'network', 'by_hand', 'generator_figures', 'import_figures', 'knobs', 'speeds',
            'first_step', 'page_figures', 'bench', 'store_figures']
 
-# %% ../../nbs/96_bench.core.ipynb #0002
+# %% ../../nbs/96_bench.core.ipynb #0003
 import statistics
 import subprocess
 import sys
@@ -26,7 +26,7 @@ from ..data.streams import Batches
 from ..doctor import find_browser
 from ..training import train
 
-# %% ../../nbs/96_bench.core.ipynb #0004
+# %% ../../nbs/96_bench.core.ipynb #0005
 def network(width: int = 256) -> tuple[nn.Module, torch.optim.Optimizer, Batches]:
     "A digits classifier with two hidden layers, Adam, and a stream of 64 digits a batch."
     X, y, _, _ = digit_arrays()
@@ -41,7 +41,7 @@ def by_hand(model, optimizer, batches, steps: range):
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-# %% ../../nbs/96_bench.core.ipynb #0005
+# %% ../../nbs/96_bench.core.ipynb #0006
 def generator_figures(turns: int) -> list[Figure]:
     "Overhead of `train` over `by_hand`, one thread, blocks of 100 steps."
     before = torch.get_num_threads()
@@ -57,7 +57,7 @@ def generator_figures(turns: int) -> list[Figure]:
         torch.set_num_threads(before)
     return [Figure("a step by hand", theirs * 10, "ms"), Figure("generator / loop by hand", ratio, "×", 1.03, f"median of {turns} turns of 100 steps")]
 
-# %% ../../nbs/96_bench.core.ipynb #0008
+# %% ../../nbs/96_bench.core.ipynb #0009
 LIBRARY = "knobs parts data.streams data.digits data.files data.fetch data.tables data.text models training store tape run live plasticity evidence".split()
 
 def import_figures(repeats: int) -> list[Figure]:
@@ -66,7 +66,7 @@ def import_figures(repeats: int) -> list[Figure]:
     times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(repeats)]
     return [Figure("import of the library beyond torch", statistics.median(times), "s", 0.3, f"{len(LIBRARY)} modules, median of {repeats}")]
 
-# %% ../../nbs/96_bench.core.ipynb #0010
+# %% ../../nbs/96_bench.core.ipynb #0011
 WIDTHS = {1: 32, 20: 900, 200: 2900}  # hidden units for steps of about so many milliseconds with the plasticity optimizer
 
 def knobs(milliseconds: int) -> dict:
@@ -83,7 +83,7 @@ with panel.live._busy:
     print((panel.run.index - first) / (time.perf_counter() - begun))
 """
 
-# %% ../../nbs/96_bench.core.ipynb #0011
+# %% ../../nbs/96_bench.core.ipynb #0012
 def speeds(page, turns: int, each: float) -> tuple[float, float, float]:
     "Steps a second with the panel at work and by a plain loop, medians, and the median of their ratios."
     def live():
@@ -98,7 +98,7 @@ def speeds(page, turns: int, each: float) -> tuple[float, float, float]:
 
     return in_turn(live, lambda: float(python(page, PLAIN.format(seconds=each))), turns)
 
-# %% ../../nbs/96_bench.core.ipynb #0012
+# %% ../../nbs/96_bench.core.ipynb #0013
 def first_step(page, address: str, notebook: str) -> float:
     "Seconds from the open page to the picture of a first step: all cells run, Start pressed. Leaves it running."
     open_notebook(page, address, f"nbs/{notebook}")
@@ -108,7 +108,7 @@ def first_step(page, address: str, notebook: str) -> float:
     page.wait_for_function("() => /step [1-9]/.test(document.querySelector('.al-panel .widget-html-content')?.innerText)", timeout=60_000)
     return time.perf_counter() - begun
 
-# %% ../../nbs/96_bench.core.ipynb #0013
+# %% ../../nbs/96_bench.core.ipynb #0014
 def page_figures(milliseconds: int, presses: int, turns: int, bars: dict) -> list[Figure]:
     "Start, latency of a slider and cost of the view for steps of about that length."
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +130,7 @@ def page_figures(milliseconds: int, presses: int, turns: int, bars: dict) -> lis
         out.append(Figure(f"{name}: speed lost to the live view", 100 * (1 - view[2]), "%", bars["view"], f"{view[0]:.0f} against {view[1]:.0f} steps/s"))
     return out
 
-# %% ../../nbs/96_bench.core.ipynb #0014
+# %% ../../nbs/96_bench.core.ipynb #0015
 BARS = {1: dict(median=60, p95=120, view=20), 20: dict(median=100, p95=250, view=5), 200: dict(median=100, p95=250)}
 
 def bench(quick: bool = False) -> Report:
@@ -141,10 +141,10 @@ def bench(quick: bool = False) -> Report:
         for milliseconds, bars in BARS.items():
             report.figures += page_figures(milliseconds, 12 if quick else 60, (2 if quick else 7) * (milliseconds < 200), bars)
     else:
-        report.figures.append(Figure("browser", float("nan"), "", None, "no browser was found: the page was not measured; see adaptive-lab doctor"))
+        report.figures.append(Figure("page", None, note="no browser was found: not measured; see adaptive-lab doctor"))
     return report
 
-# %% ../../nbs/96_bench.core.ipynb #0015
+# %% ../../nbs/96_bench.core.ipynb #0016
 def store_figures(quick: bool) -> list[Figure]:
     "Write and verified load of a checkpoint against plain safetensors."
     r = bench_store(megabytes=100, repeats=5 if quick else 15)

@@ -29,10 +29,10 @@ def seconds(f) -> float:
 # %% ../../nbs/93_bench.figures.ipynb #0006
 @dataclass
 class Figure:
-    "One measured number; `bar` is the most it may be, None where it is only reported."
+    "One measured number (None if it could not be measured); `bar` is the most it may be, None where it is only reported."
 
     what: str
-    value: float
+    value: float | None
     unit: str = ""
     bar: float | None = None
     note: str = ""
@@ -40,7 +40,7 @@ class Figure:
     @property
     def holds(self) -> bool:
         "Is it within its bar?"
-        return self.bar is None or self.value <= self.bar
+        return self.bar is None or (self.value is not None and self.value <= self.bar)
 
 # %% ../../nbs/93_bench.figures.ipynb #0007
 @dataclass
@@ -57,7 +57,7 @@ class Report:
 
     def __str__(self):
         rows = [("", "figure", "measured", "bar")]
-        rows += [(" " if f.bar is None else "ok" if f.holds else "NO", f.what, f"{f.value:.4g} {f.unit}".strip(), "" if f.bar is None else f"≤ {f.bar:g} {f.unit}".strip()) for f in self.figures]
+        rows += [(" " if f.bar is None else "ok" if f.holds else "NO", f.what, f"{f.value:.4g} {f.unit}".strip() if f.value is not None else "–", "" if f.bar is None else f"≤ {f.bar:g} {f.unit}".strip()) for f in self.figures]
         wide = [max(len(r[i]) for r in rows) for i in range(4)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, wide)) for r in rows]
         return "\n".join(line.rstrip() + (f"  ({f.note})" if f and f.note else "") for line, f in zip(lines, [None, *self.figures]))

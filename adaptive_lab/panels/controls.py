@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STEPS', 'limits', 'through', 'settings', 'control', 'place', 'same']
 
-# %% ../../nbs/88_panels.controls.ipynb #0002
+# %% ../../nbs/88_panels.controls.ipynb #0003
 import math
 
 import ipywidgets as w
 
 from ..knobs import Knob
 
-# %% ../../nbs/88_panels.controls.ipynb #0004
+# %% ../../nbs/88_panels.controls.ipynb #0005
 STEPS = 200  # positions of a slider for a real number
 
 def limits(k: Knob, value=None) -> tuple[float, float]:
@@ -27,13 +27,13 @@ def limits(k: Knob, value=None) -> tuple[float, float]:
     high -= inset if k.high_open and high == k.high and not k.log else 0
     return (low, high) if not value or isinstance(value, str) else (min(low, value), max(high, value))
 
-# %% ../../nbs/88_panels.controls.ipynb #0006
+# %% ../../nbs/88_panels.controls.ipynb #0007
 def through(low: float, high: float, value: float, steps: int = STEPS) -> float:
     "A step near (high - low) / steps such that `value` lies on the grid that starts at `low`."
     step = (high - low) / steps
     return (value - low) / max(1, round((value - low) / step)) if value > low else step
 
-# %% ../../nbs/88_panels.controls.ipynb #0008
+# %% ../../nbs/88_panels.controls.ipynb #0009
 def settings(k: Knob, value) -> dict:
     "The traits of the knob's slider when it stands at `value`."
     low, high = limits(k, value)
@@ -45,7 +45,7 @@ def settings(k: Knob, value) -> dict:
         return dict(min=low, max=high, step=through(low, high, at, 160), value=value)
     return dict(min=low, max=high, step=through(low, high, value), value=value)
 
-# %% ../../nbs/88_panels.controls.ipynb #0009
+# %% ../../nbs/88_panels.controls.ipynb #0010
 def control(k: Knob, value) -> w.Widget:
     "An ipywidget for the knob: slider, check box, menu or text field; `tooltip` tells its meaning and range."
     common = dict(
@@ -66,7 +66,7 @@ def control(k: Knob, value) -> w.Widget:
     digits = max(2, 1 - math.floor(math.log10(traits["step"])))
     return w.FloatSlider(**common, **traits, readout_format=f".{min(digits, 4)}f")
 
-# %% ../../nbs/88_panels.controls.ipynb #0010
+# %% ../../nbs/88_panels.controls.ipynb #0011
 def place(made: w.Widget, k: Knob, value):
     "Let a control show another value, with its grid laid through it."
     if k.type not in (int, float):

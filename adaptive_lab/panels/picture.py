@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATIC', 'STYLE', 'Picture', 'still', 'Still']
 
-# %% ../../nbs/86_panels.picture.ipynb #0002
+# %% ../../nbs/86_panels.picture.ipynb #0003
 import base64
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import anywidget
 import traitlets
 from IPython.display import HTML, display
 
-# %% ../../nbs/86_panels.picture.ipynb #0004
+# %% ../../nbs/86_panels.picture.ipynb #0005
 STATIC = Path(__file__).parent.parent / "static" if "__file__" in globals() else Path("../adaptive_lab/static")
 
 class Picture(anywidget.AnyWidget):
@@ -22,7 +22,7 @@ class Picture(anywidget.AnyWidget):
     _esm = STATIC / "picture.js"
     svg = traitlets.Unicode("").tag(sync=True)
 
-# %% ../../nbs/86_panels.picture.ipynb #0007
+# %% ../../nbs/86_panels.picture.ipynb #0008
 STYLE = """<style>
 .jp-OutputArea-child:has(.al-still):has(~ .jp-OutputArea-child .al-live){display:none}
 .jp-OutputArea-child:has(.al-still) ~ .jp-OutputArea-child .jp-OutputArea-output.jupyter-widgets:not(:has(*)){display:none}
@@ -36,7 +36,7 @@ def still(pictures: list[str], caption: str) -> str:
     images = "".join(f'<img alt="" style="background:#fff" src="data:image/svg+xml;base64,{base64.b64encode(p.encode()).decode()}"/>' for p in pictures if p)
     return f'{STYLE}<div class="al-still">{images}<p>{escape(caption)}</p></div>'
 
-# %% ../../nbs/86_panels.picture.ipynb #0008
+# %% ../../nbs/86_panels.picture.ipynb #0009
 class Still:
     "A plain output with the last picture, renewed in place; shown before the widget it stands in for."
 
