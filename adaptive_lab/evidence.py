@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cells import LIBRARIES, Kept, canonical, cell_identity, code_version, measure_name
+from .cells import LIBRARIES, Kept, canonical, cell_identity, checked, code_version, device_kind, measure_name
 from .durable import write_durably
 from .knobs import Table
 from .statistics import Difference, holm, paired, verdict
@@ -89,14 +89,18 @@ def _reference(self, metric: str) -> str:
         return self.baseline[0]
     return (max if up else min)(means, key=means.get)
 
+def _pairs(self, arm: str, metric: str) -> dict[int, tuple[float, float]]:
+    "seed → (arm, baseline), over the seeds that have both."
+    a, b = self.values(arm, metric), self.values(self.reference(metric), metric)
+    return {seed: (a[seed], b[seed]) for seed in a if seed in b}
+
 def _differences(self, arm: str, metric: str) -> dict[int, float]:
     "seed → arm − baseline, over the seeds that have both."
-    a, b = self.values(arm, metric), self.values(self.reference(metric), metric)
-    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+    return {seed: a - b for seed, (a, b) in self.pairs(arm, metric).items()}
 
-Comparison.reference, Comparison.differences = _reference, _differences
+Comparison.reference, Comparison.pairs, Comparison.differences = _reference, _pairs, _differences
 
-# %% ../nbs/73_evidence.ipynb #0012
+# %% ../nbs/73_evidence.ipynb #0014
 def _row(self, metric: str, arm: str) -> Row:
     "A row, not yet corrected for the others."
     values, against = [*self.values(arm, metric).values()], self.reference(metric)
@@ -105,10 +109,10 @@ def _row(self, metric: str, arm: str) -> Row:
     difference, said = None, "baseline"
     if not values:
         said = "not measured" if any(c.arm == arm and c.metrics for c in self.cells) else "failed"
+    elif arm in self.baseline and self.better(metric) is not None:
+        said = "baseline" if arm == against else "baseline, not the strongest"
     elif arm != against:
-        a, b = self.values(arm, metric), self.values(against, metric)
-        pairs = [seed for seed in a if seed in b]
-        difference, said = paired([a[s] for s in pairs], [b[s] for s in pairs]), ""
+        difference, said = paired(*np.reshape([*self.pairs(arm, metric).values()], (-1, 2)).T), ""
     return Row(metric, arm, len(values), mean, sd, against, difference, math.nan, said)
 
 def _rows(self) -> list[Row]:
@@ -120,7 +124,7 @@ def _rows(self) -> list[Row]:
 
 Comparison._row, Comparison.rows = _row, _rows
 
-# %% ../nbs/73_evidence.ipynb #0015
+# %% ../nbs/73_evidence.ipynb #0017
 def _number(x: float, sign: str = "") -> str:
     return "–" if x is None or math.isnan(x) else f"{x:{sign}.4g}".replace("-", "−")
 
@@ -142,7 +146,7 @@ def _texts(r: Row) -> list[str]:
     interval = "–" if math.isnan(d.low) else f"[{_number(d.low, '+')}, {_number(d.high, '+')}]"
     return own + [str(d.n), _number(d.mean, "+"), interval, _p(d.p), _p(r.p_holm), r.verdict]
 
-# %% ../nbs/73_evidence.ipynb #0017
+# %% ../nbs/73_evidence.ipynb #0019
 def _table(self) -> Table:
     "The comparison as a Markdown table, followed by what it rests on and by every failed cell."
     rows = self.rows()
@@ -153,7 +157,8 @@ def _table(self) -> Table:
     m = sum(r.difference is not None and not math.isnan(r.difference.p) for r in rows)
     against = ", ".join(dict.fromkeys(_code(r.against) for r in rows))
     how = f"over pairs of equal seed; 95% interval by Student's t; p corrected over {m} comparison{'s' * (m != 1)}"
-    lines += ["", f"Differences: arm − {against}, {how}."]
+    chosen = f" The strongest of {len(self.baseline)} baselines was chosen on these seeds: only `better` is safe." * (len(self.baseline) > 1)
+    lines += ["", f"Differences: arm − {against}, {how}.{chosen}"]
     return Table("\n".join(lines + self._failures()))
 
 def _failures(self) -> list[str]:
@@ -170,7 +175,7 @@ Comparison.table, Comparison._failures = _table, _failures
 Comparison.__str__ = lambda self: str(self.table())
 Comparison._repr_markdown_ = lambda self: str(self.table())
 
-# %% ../nbs/73_evidence.ipynb #0020
+# %% ../nbs/73_evidence.ipynb #0022
 COLOURS = {"better": "#0877bd", "worse": "#f59322", "higher": "#555555", "lower": "#555555"}
 
 def _draw_row(axis, y: float, row: Row, points: list[float]):
@@ -185,7 +190,7 @@ def _literal(text: str) -> str:
     "Text that matplotlib does not take for a formula."
     return text.replace("$", r"\$")
 
-# %% ../nbs/73_evidence.ipynb #0021
+# %% ../nbs/73_evidence.ipynb #0023
 def _draw(self):
     "A matplotlib figure, one panel a metric: the paired differences, their means and 95% intervals."
     from matplotlib import pyplot as plt
@@ -207,29 +212,8 @@ def _draw(self):
 
 Comparison.draw = _draw
 
-# %% ../nbs/73_evidence.ipynb #0024
-FORMAT = 1
-
-def _to_json(self, path):
-    "Write the comparison to a JSON file, completely or not at all."
-    rows = json.loads(json.dumps([asdict(r) for r in self.rows()]).replace("NaN", "null"))
-    write_durably(Path(path).resolve(), [json.dumps(dict(format=FORMAT, **asdict(self), rows=rows), indent=1, allow_nan=False).encode()])
-
-def _from_json(cls, path) -> Comparison:
-    "Read a comparison from a JSON file. Raises `ValueError` when it is not one, or from a newer version."
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data["format"] > FORMAT:
-            raise ValueError(f"format {data['format']} is newer than {FORMAT}: install a newer adaptive_lab")
-        fields = {name: data[name] for name in cls.__dataclass_fields__}
-        return cls(**{**fields, "cells": [Cell(**c) for c in fields["cells"]]})
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"path={str(path)!r} is not a comparison ({e!r}): write one with to_json") from None
-
-Comparison.to_json, Comparison.from_json = _to_json, classmethod(_from_json)
-
-# %% ../nbs/73_evidence.ipynb #0027
-def _checked(arms, seeds, baseline) -> tuple[dict, list[int], list[str]]:
+# %% ../nbs/73_evidence.ipynb #0026
+def _checked(arms, seeds, baseline, higher_is_better=True) -> tuple[dict, list[int], list[str]]:
     "Arms, seeds and baselines, as plain data. Raises `ValueError` for what cannot be compared."
     if not isinstance(arms, dict) or not arms:
         raise ValueError(f"arms={arms!r}: give at least one recipe, as {{name: recipe}}")
@@ -241,13 +225,54 @@ def _checked(arms, seeds, baseline) -> tuple[dict, list[int], list[str]]:
     if not seeds or any(type(s) is not int or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds!r}: give whole numbers from 0 on, at least one, none of them twice")
     named = [next(iter(arms))] if baseline is None else [baseline] if isinstance(baseline, str) else list(baseline)
+    judged = higher_is_better.values() if isinstance(higher_is_better, dict) else [higher_is_better]
+    if any(type(up) is not bool for up in judged):
+        raise ValueError(f"higher_is_better={higher_is_better!r}: give True or False, or one of them for each metric, as {{metric: bool}}")
     for b in named or [""]:
         if b not in arms:
             near = difflib.get_close_matches(str(b), arms, 1)
             raise ValueError(f"baseline={b!r} is not an arm: there is {', '.join(arms)}" + (f". Did you mean {near[0]!r}?" if near else ""))
     return dict(arms), seeds, named
 
+# %% ../nbs/73_evidence.ipynb #0029
+FORMAT = 1
+
+def _cell_of(record: dict, arms: dict, seeds: list[int]) -> Cell:
+    "A record of a file as a cell. Raises `ValueError`, `TypeError` or `KeyError` when no comparison has such a cell."
+    cell = Cell(**record)
+    if cell.arm not in arms or cell.seed not in seeds:
+        raise ValueError(f"a cell of arm {cell.arm!r} and seed {cell.seed!r}, which are not among the arms and seeds")
+    if not isinstance(cell.seconds, (int, float, type(None))):
+        raise ValueError(f"seconds={cell.seconds!r} is not a number")
+    if cell.error is None:
+        checked(cell.metrics)
+    elif not isinstance(cell.error, str) or cell.metrics:
+        raise ValueError(f"a cell has an error, as text, or metrics: {record!r} is neither")
+    return cell
+
 # %% ../nbs/73_evidence.ipynb #0030
+def _to_json(self, path):
+    "Write the comparison to a JSON file, completely or not at all."
+    rows = json.loads(json.dumps([asdict(r) for r in self.rows()]), parse_constant=lambda nan: None)
+    write_durably(Path(path).resolve(), [json.dumps(dict(format=FORMAT, **asdict(self), rows=rows), indent=1, allow_nan=False).encode()])
+
+def _from_json(cls, path) -> Comparison:
+    "Read a comparison from a JSON file. Raises `ValueError` when it is not one, or from a newer version."
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data["format"] > FORMAT:
+            raise ValueError(f"format {data['format']} is newer than {FORMAT}: install a newer adaptive_lab")
+        fields = {name: data[name] for name in cls.__dataclass_fields__}
+        arms, seeds, named = _checked(*(fields[n] for n in ("arms", "seeds", "baseline", "higher_is_better")))
+        if [type(fields[n]) for n in ("measure", "cells", "made")] != [str, list, dict]:
+            raise ValueError("measure is not text, cells no list, or made no dict")
+        return cls(**{**fields, "baseline": named, "cells": [_cell_of(c, arms, seeds) for c in fields["cells"]]})
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"path={str(path)!r} is not a comparison ({e!r}): write one with to_json") from None
+
+Comparison.to_json, Comparison.from_json = _to_json, classmethod(_from_json)
+
+# %% ../nbs/73_evidence.ipynb #0034
 @contextmanager
 def _bar(total: int, done: int, show: bool):
     "A progress bar; gives its `update`."
@@ -267,16 +292,14 @@ def _bar(total: int, done: int, show: bool):
         stop.set()
         bar.close()
 
-# %% ../nbs/73_evidence.ipynb #0033
-def _run_missing(cells: dict, outcomes: dict, kept: Kept, jobs: int, scheduler, progress: bool):
+# %% ../nbs/73_evidence.ipynb #0037
+def _run_missing(cells: dict, outcomes: dict, kept: Kept, workers, progress: bool):
     "Run the cells (key → identity) that have no outcome yet; put each outcome into `outcomes`, and keep it, at once."
     todo = [key for key in cells if key not in outcomes]
-    if not todo:
-        return
-    workers = DaskWorkers(scheduler) if scheduler is not None else LocalWorkers(min(jobs, len(todo)))
+    asked = [tuple(cells[key][name] for name in ("measure", "recipe", "seed", "code")) for key in todo]
     with _bar(len(cells), len(outcomes), progress) as update:
         try:
-            for i, outcome in run_cells(workers, [tuple(cells[key].values()) for key in todo]):
+            for i, outcome in run_cells(workers, asked):
                 outcomes[todo[i]] = outcome
                 kept.keep(cells[todo[i]], outcome)
                 update()
@@ -284,13 +307,18 @@ def _run_missing(cells: dict, outcomes: dict, kept: Kept, jobs: int, scheduler, 
             where = f"kept in {kept.folder}: the same call goes on from there" if kept.folder else "not kept (cache=False)"
             raise KeyboardInterrupt(f"stopped with {len(outcomes)} of {len(cells)} cells done and {where}") from None
 
-# %% ../nbs/73_evidence.ipynb #0034
-def _circumstances(code: str) -> dict:
+# %% ../nbs/73_evidence.ipynb #0038
+def _device(workers) -> str:
+    "What the workers compute on; in a mixed cluster, all of it."
+    kinds = workers.client.run(device_kind).values() if isinstance(workers, DaskWorkers) else [device_kind()]
+    return " and ".join(sorted(set(kinds)))
+
+def _circumstances(code: str, device: str) -> dict:
     "When the comparison was finished, on what, and with which versions."
     now, libraries = datetime.now(timezone.utc).isoformat(timespec="seconds"), {name: version(name) for name in LIBRARIES}
-    return dict(at=now, machine=platform.platform(), code=code, python=platform.python_version(), **libraries)
+    return dict(at=now, machine=platform.platform(), device=device, code=code, python=platform.python_version(), **libraries)
 
-# %% ../nbs/73_evidence.ipynb #0035
+# %% ../nbs/73_evidence.ipynb #0039
 def compare(
     arms: dict[str, dict],  # name → recipe, plain JSON data
     seeds=range(5),  # each arm is run with each of them; a verdict needs five
@@ -305,13 +333,15 @@ def compare(
     "Run every arm with every seed and compare them in pairs. Raises `ValueError` on bad input; failed cells are reported."
     from joblib import effective_n_jobs
 
-    arms, seeds, baseline = _checked(arms, seeds, baseline)
+    arms, seeds, baseline = _checked(arms, seeds, baseline, higher_is_better)
     if type(jobs) is not int or jobs == 0:
         raise ValueError(f"jobs={jobs!r}: give the number of worker processes, or -1 for one a core")
     name, jobs = measure_name(measure), effective_n_jobs(jobs)
     code, kept = code_version(name), Kept(cache)
-    cells = {(arm, seed): cell_identity(name, recipe, seed, code) for seed in seeds for arm, recipe in arms.items()}
+    workers = DaskWorkers(scheduler) if scheduler is not None else LocalWorkers(jobs)
+    device = _device(workers)
+    cells = {(arm, seed): cell_identity(name, recipe, seed, code, device) for seed in seeds for arm, recipe in arms.items()}
     outcomes = {key: outcome for key, identity in cells.items() if (outcome := kept.load(identity))}
-    _run_missing(cells, outcomes, kept, jobs, scheduler, progress)
+    _run_missing(cells, outcomes, kept, workers, progress)
     records = [Cell(arm, seed, **outcomes[arm, seed]) for arm in arms for seed in seeds]
-    return Comparison(arms, seeds, name, baseline, higher_is_better, records, _circumstances(code))
+    return Comparison(arms, seeds, name, baseline, higher_is_better, records, _circumstances(code, device))

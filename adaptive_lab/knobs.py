@@ -24,7 +24,8 @@ def knob(
     **range_,  # ge, gt, le, lt: the allowed range, by pydantic's names
 ):
     "Declare a hyperparameter: the value of an annotated field of a `Knobs` class."
-    return Field(default, description=doc, json_schema_extra=dict(log=log, live=live, span=span), **range_)
+    shown = ", ".join(f"{sign} {range_[name]:g}" for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")) if name in range_)
+    return Field(default, description=f"{doc} ({shown})" if shown else doc, json_schema_extra=dict(doc=doc, log=log, live=live, span=span), **range_)
 
 # %% ../nbs/00_knobs.ipynb #0006
 class KnobError(ValueError):
@@ -95,7 +96,8 @@ def _read(name, field) -> Knob:
         for mark, side, is_open in ((bounds.Ge, "low", False), (bounds.Gt, "low", True), (bounds.Le, "high", False), (bounds.Lt, "high", True)):
             if isinstance(m, mark):
                 found[side], found[side + "_open"] = getattr(m, mark.__name__.lower()), is_open
-    return Knob(name, str if lit else kind, field.default, field.description or "", **(field.json_schema_extra or {}), **found)
+    extra = field.json_schema_extra or dict(doc=field.description or "")
+    return Knob(name, str if lit else kind, field.default, **extra, **found)
 
 # %% ../nbs/00_knobs.ipynb #0013
 @lru_cache(None)

@@ -105,11 +105,12 @@ def session(self) -> Session:
 def _go(self, steps: float):
     "Ask for that many steps in the background."
     if self.state in ("stopped", "failed", "finished"):
-        raise RuntimeError(f"this run is {self.state}{f' ({self.error})' if self.error else ''}: reset() starts it anew")
+        raise RuntimeError(f"this run is {self.state}{f' ({self.error})' if self.error else ''}: a reset starts it anew")
     with self._lock:
-        self._left = steps
         if self.state == "running":
+            self._left = steps if float("inf") in (steps, self._left) else self._left + steps
             return
+        self._left = steps
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:  # a plain script
@@ -127,7 +128,7 @@ def start(self):
     self._go(float("inf"))
 
 def step(self, n: int = 1):
-    "Make `n` steps, then pause. Raises ValueError unless n is a whole number >= 1."
+    "Make `n` steps, then pause; while steps are being made, `n` more. Raises ValueError unless n is a whole number >= 1."
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n!r} is not allowed: a whole number of steps >= 1")
     self._go(n)
@@ -154,11 +155,18 @@ def settings(self) -> dict:
     return {**now, **self.run.waiting}
 
 def reset(self, changes: dict | None = None, recipe: Recipe | None = None):
-    "Build the run anew: another recipe, or the present knobs with these changes. Raises `KnobError`, then all is as it was."
-    names = self.run.recipe.names
-    fresh = recipe or Recipe(*(names[kind] for kind in ("data", "model", "optimizer")), {**self.settings(), **(changes or {})})
-    run = Run(fresh)
+    "Build the run anew: another recipe, or the present knobs with these changes. Raises `KnobError`, then the run is paused as it was."
     self.pause()
+    self.replace(self.build(changes, recipe))
+
+def build(self, changes: dict | None = None, recipe: Recipe | None = None) -> Run:
+    "The run that a reset would begin. Loading its data may take a while; the present run must be paused meanwhile."
+    names = self.run.recipe.names
+    with self._busy:
+        return Run(recipe or Recipe(*(names[kind] for kind in ("data", "model", "optimizer")), {**self.settings(), **(changes or {})}))
+
+def replace(self, run: Run):
+    "Put the present run aside and begin another."
     with self._busy:  # no step is under way
         if self.run.index:
             self.past.append(self.run.session())
@@ -176,6 +184,6 @@ async def rest(self):
         await asyncio.wrap_future(self._task) if hasattr(self._task, "running") else await self._task
 
 # %% ../nbs/17_live.ipynb #0018
-for f in (_work, _drive, look, session, _go, start, step, pause, stop, change, settings, reset, wait, rest):
+for f in (_work, _drive, look, session, _go, start, step, pause, stop, change, settings, reset, build, replace, wait, rest):
     setattr(Live, f.__name__, f)
 Live.resume = start

@@ -216,10 +216,10 @@ def diagnose(groups: list[dict], states: dict) -> dict:
 
 # %% ../nbs/22_plasticity.ipynb #0039
 def sample_tensor(p: Tensor, state: dict, knobs: Plasticity, about: int) -> tuple[Tensor, Tensor, Tensor]:
-    "Of about so many weights of one tensor: ê, ĝ (NaN where the gradient is gone), and its threshold of ê."
+    "Of about so many weights of one tensor: ê, ĝ (NaN where the gradient is not known), and its threshold of ê."
     v = strided(real(state["exp_avg_sq"]))
     e = eligibility(v, float(state["step"]), knobs.trace_decay)
-    g = e * float("nan") if p.grad is None else strided(real(p.grad))
+    g = strided(last_gradient(p))
     found = marks(e, g, knobs.threshold_percentile, state.get("threshold"))
     hats = strided(hill(e, found.e_half), about), strided(hill(g.abs(), found.g_half), about)
     return *hats, hill(found.top, found.e_half).reshape(1)

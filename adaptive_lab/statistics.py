@@ -27,7 +27,7 @@ def paired(
     a,  # (n,) one number a seed
     b,  # (n,) the same seeds, in the same order
 ) -> Difference:
-    "The paired difference a − b, by Student's t. Raises `ValueError` when the lengths differ."
+    "The paired difference a − b, by Student's t; by the sign test without spread. Raises `ValueError` when the lengths differ."
     from scipy.stats import ttest_rel
 
     a, b = np.asarray(a, float), np.asarray(b, float)
@@ -36,8 +36,9 @@ def paired(
     d, n = a - b, len(a)
     if n < 2:
         return Difference(n, *d)
-    if np.ptp(d) == 0:
-        return Difference(n, *[float(d[0])] * 3, p=float(d[0] == 0))
+    rounding = 4 * np.finfo(float).eps * np.abs([a, b]).max()
+    if np.ptp(d) <= rounding:
+        return Difference(n, *[float(d[0])] * 3, p=1.0 if abs(d[0]) <= rounding else 2.0 ** (1 - n))
     test = ttest_rel(a, b)
     low, high = test.confidence_interval(0.95)
     return Difference(n, float(d.mean()), float(low), float(high), float(test.pvalue))

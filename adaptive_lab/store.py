@@ -21,7 +21,7 @@ import torch
 from blake3 import blake3
 from tqdm import tqdm
 
-from .durable import NotWritten, StoreError, make_folder, sync_folder, told, write_durably
+from .durable import StoreError, make_folder, sync_folder, told, write_durably
 from .tensorfile import Corrupt, Missing, Newer, check_file, encode, load_state
 from .tree import NotStorable
 

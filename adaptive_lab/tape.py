@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'FORMAT', 'RunKnobs', 'RecipeError', 'Recipe', 'split_address', 'recipe_from_dict', 'check_format', 'Change',
-           'Tape', 'Session', 'check_change', 'save_session', 'load_session', 'session_code']
+           'Tape', 'Session', 'check_change', 'checked_tape', 'save_session', 'load_session', 'session_code']
 
 # %% ../nbs/15_tape.ipynb #0003
 import json
@@ -43,6 +43,9 @@ class Recipe:
         knobs: dict | None = None,  # values by address, e.g. {"optimizer.lr": .01}; the others keep their defaults
     ):
         self.names = dict(data=data, model=model, optimizer=optimizer)
+        for kind, name in self.names.items():
+            if not isinstance(name, str):
+                raise RecipeError(f"{kind}={name!r} is not allowed: the name of a part, as text")
         self.parts = {kind: find_part(kind, name) for kind, name in self.names.items()}
         self.declared = dict(run=RunKnobs, training=Training, **{kind: p.knobs for kind, p in self.parts.items()})
         self.knobs = _group(self.declared, knobs or {})
@@ -57,7 +60,7 @@ class Recipe:
 # %% ../nbs/15_tape.ipynb #0007
 def split_address(address: str, declared: dict) -> tuple[str, str]:
     "`group.name` in two. Raises `KnobError` when no such knob is declared."
-    group, _, name = address.partition(".")
+    group, _, name = str(address).partition(".")
     if group not in declared:
         raise KnobError(f"unknown knob {address!r}: an address is group.name, with a group of {', '.join(declared)}")
     names = [k.name for k in walk(declared[group])]
@@ -94,7 +97,7 @@ def recipe_from_dict(d: dict) -> Recipe:
 
 def check_format(d, what: str):
     "Refuse what is not a record of this kind, or was written by a newer version."
-    if not isinstance(d, dict) or not isinstance(d.get("format"), int):
+    if not isinstance(d, dict) or type(d.get("format")) is not int or d["format"] < 1:
         raise RecipeError(f"this is no {what}: it has no whole number under 'format'")
     if d["format"] > FORMAT:
         raise RecipeError(f"this {what} was written by a newer version (format {d['format']}, this version reads up to {FORMAT}): update adaptive-lab")
@@ -173,10 +176,11 @@ def session_from_dict(d: dict) -> Session:
         session = Session(recipe, tape, d["until"], d.get("weights"), d.get("made_with"))
     except (KeyError, TypeError) as e:
         raise RecipeError(f"this session is damaged: {type(e).__name__} {e}; it needs recipe, tape and until") from None
-    for c in tape:
-        check_change(recipe, c.knob, c.value)
-    steps = recipe["run.steps"]
-    if not isinstance(session.until, int) or not 0 <= session.until <= steps:
+    session.tape = checked_tape(recipe, tape)
+    steps, threads = recipe["run.steps"], (session.made_with or {}).get("threads") if isinstance(session.made_with, (dict, type(None))) else "?"
+    if not (threads is None or type(threads) is int and 1 <= threads <= 1024):
+        raise RecipeError(f"made_with must be an object, with threads a whole number from 1 to 1024, and is {session.made_with!r}")
+    if type(session.until) is not int or not 0 <= session.until <= steps:
         raise RecipeError(f"until={session.until!r} is not allowed: a whole number of steps from 0 to {steps}")
     return session
 
@@ -191,6 +195,13 @@ def check_change(recipe: Recipe, address: str, value):
         raise KnobError(f"{address} shapes what is built and cannot change while it runs: change the recipe and reset")
     return getattr(cls(**{name: value}), name)
 
+def checked_tape(recipe: Recipe, tape: Tape) -> Tape:
+    "The tape with every value as its declaration reads it. Raises `KnobError`, or `RecipeError` for a step after the run's end."
+    for c in tape:
+        if c.step >= recipe["run.steps"]:
+            raise RecipeError(f"the tape changes {c.knob} at step {c.step}, and the run ends after {recipe['run.steps']} steps")
+    return Tape(Change(c.step, c.knob, check_change(recipe, c.knob, c.value)) for c in tape)
+
 # %% ../nbs/15_tape.ipynb #0022
 def save_session(path, session: Session):
     "Write a session as JSON. Raises `NotWritten`, with the old file untouched, when it cannot be written."
@@ -202,10 +213,12 @@ def load_session(path) -> Session:
         return Session.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise RecipeError(f"{path}: not a session file ({e})") from None
+    except OSError as e:
+        raise RecipeError(f"{path}: cannot be read ({e.strerror}); name a session file") from None
     except (RecipeError, KnobError, LookupError) as e:
         raise RecipeError(f"{path}: {e}") from None
+    except (ValueError, RecursionError) as e:  # no UTF-8, no JSON, nested too deep, a number too long
+        raise RecipeError(f"{path}: not a session file ({type(e).__name__}: {str(e)[:120]})") from None
 
 # %% ../nbs/15_tape.ipynb #0026
 def session_code(session: Session) -> str:

@@ -7,7 +7,6 @@ __all__ = ['FORMAT', 'PIECE', 'MAX_TENSORS', 'MAX_HEADER', 'Missing', 'Newer', '
            'Header', 'read_header', 'load_state', 'check_file']
 
 # %% ../nbs/13_tensorfile.ipynb #0003
-import json
 import math
 import os
 import re

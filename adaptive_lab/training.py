@@ -47,15 +47,22 @@ class Step:
 class NonFiniteLoss(ArithmeticError):
     "The loss became NaN or infinite; `step` and `batch` say where. The weights are those of the step before."
 
-    def __init__(self, value, step, batch):
+    def __init__(self, value, step, batch, what="loss", finite=True):
         self.value, self.step, self.batch = value, step, batch
-        super().__init__(f"the loss is {value} at step {step} (batch {batch}); the weights were left as they were after step {step - 1}. "
+        left = f"the weights were left as they were after step {step - 1}" if step else "no step was made"
+        if not finite:
+            left = f"the weights are not finite any more, because an earlier gradient was not: go back to a checkpoint before step {step}"
+        super().__init__(f"the {what} is {value} at step {step} (batch {batch}); {left}. "
                          "Look at that batch for NaN, lower the learning rate, or clip the gradient (clip=1)")
 
 # %% ../nbs/10_training.ipynb #0010
 def cross_entropy(model: nn.Module, batch) -> torch.Tensor:
     "Mean cross-entropy of `model(x)` (batch, ..., classes) against integer `y` (batch, ...); `batch` is (x, y)."
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(map(torch.is_tensor, batch)):
+        raise TypeError(f"a batch is a {type(batch).__name__}, not a pair of tensors (x, y): give train a loss=, a function of (model, batch)")
     x, y = batch
+    if not y.numel():
+        raise ValueError("a batch is empty: every batch needs at least one sample")
     out = model(x)  # (batch, ..., classes)
     return nn.functional.cross_entropy(out.flatten(0, -2), y.flatten())
 
@@ -166,30 +173,35 @@ def train(
     loss: Callable[[nn.Module, Any], torch.Tensor] = cross_entropy,  # (model, batch) -> scalar
     settings: Training | None = None,  # read anew at every step
     scheduler=None,  # a torch learning-rate scheduler, stepped once a step
-    start: dict | None = None,  # a step's `position`: go on after it
+    start: dict | None = None,  # a step's `position`: go on after it (put back `random_state` yourself)
     accelerator=None,  # an `accelerate.Accelerator`; made from the settings when not given
 ) -> Iterator[Step]:
     "One optimizer step at each `next`, then its `Step`. Raises `NonFiniteLoss` before a loss that is NaN or infinite is used."
     settings = settings or Training()
-    accelerator = accelerator or make_accelerator(settings)
-    _check_arguments(model, optimizer, steps, settings)
+    _check_arguments(model, optimizer, steps)
+    return _steps(model, optimizer, batches, steps, loss, settings, scheduler, start or {}, accelerator or make_accelerator(settings))
+
+# %% ../nbs/10_training.ipynb #0023
+def _steps(model, optimizer, batches, steps, loss, settings, scheduler, start, accelerator):
+    "The generator behind `train`."
     wrapped, stepper = _prepare(model, optimizer, accelerator)
-    index = (start or {}).get("step", 0)
-    feed = _batches(batches, accelerator, start or {})
+    index, feed, buffers = start.get("step", 0), _batches(batches, accelerator, start), list(model.buffers())
     while steps is None or index < steps:
         if not model.training:
             model.train()
         optimizer.zero_grad()
+        before = [b.clone() for b in buffers]  # a forward pass changes running statistics
         value, name, position = _gradients(wrapped, optimizer, feed, accelerator, loss, settings.accumulate)
-        value = _finite(value, index, name, optimizer)
+        value = _finite(value.item(), "loss", index, name, model, optimizer, before)
         norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip) if settings.clip else None
+        if norm is not None:
+            _finite(norm.item(), "gradient's norm", index, name, model, optimizer, before)
         stepper.step()
-        if scheduler is not None:
-            scheduler.step()
+        _next_rate(scheduler, value)
         index += 1
         yield Step(index - 1, value, dict(position, step=index), model, optimizer, norm)
 
-# %% ../nbs/10_training.ipynb #0023
+# %% ../nbs/10_training.ipynb #0024
 def _prepare(model, optimizer, accelerator):
     "The model as it is called in the loop (shared out over processes) and the optimizer as it is stepped (scaled for fp16)."
     wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model.to(accelerator.device)
@@ -199,14 +211,28 @@ def _prepare(model, optimizer, accelerator):
                 state[k] = v.to(accelerator.device)
     return wrapped, accelerator.prepare_optimizer(optimizer) if accelerator.mixed_precision == "fp16" else optimizer
 
-def _finite(value, index, name, optimizer) -> float:
-    "The loss as a number. Raises `NonFiniteLoss` when it is none."
-    if not math.isfinite(number := value.item()):
+def _finite(number: float, what, index, name, model, optimizer, buffers) -> float:
+    "The number, if it is finite; else all is put back as it was before the step, and `NonFiniteLoss` is raised."
+    if not math.isfinite(number):
         optimizer.zero_grad()
-        raise NonFiniteLoss(number, index, name)
+        for b, old in zip(model.buffers(), buffers):
+            b.copy_(old)
+        raise NonFiniteLoss(number, index, name, what, all(p.isfinite().all() for p in model.parameters()))
     return number
 
-def _check_arguments(model, optimizer, steps, settings):
+def _next_rate(scheduler, loss: float):
+    "Step the scheduler, if there is one; one that watches the loss is told it."
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(loss)
+    elif scheduler is not None:
+        scheduler.step()
+
+# %% ../nbs/10_training.ipynb #0025
+def _check_arguments(model, optimizer, steps):
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: give one torch optimizer")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer LBFGS asks for the loss several times a step, which train does not do: take another")
     known = {id(p) for p in model.parameters()}
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no parameter with requires_grad=True: there is nothing to train")

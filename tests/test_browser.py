@@ -137,7 +137,7 @@ def test_reset_and_refusal(project):
     press(page, "Stop")
     wait_status(page, "stopped")
     press(page, "Start")
-    wait_status(page, "reset() starts it anew")
+    wait_status(page, "a reset starts it anew")
 
 
 def test_a_reopened_notebook_shows_its_last_picture(project):
@@ -168,3 +168,15 @@ def test_a_failed_run_says_why(project):
     press(page, "Start")
     wait_status(page, "NonFiniteLoss")
     assert "step 0" in status(page)
+
+
+def test_a_restarted_kernel_is_told(project):
+    _, address, page = project
+    open_notebook(page, address, "nbs/panel.ipynb")
+    run_all(page)
+    press(page, "Start")
+    wait_status(page, "running")
+    page.evaluate("() => { window.jupyterapp.shell.currentWidget.sessionContext.restartKernel() }")
+    page.wait_for_selector("text=run this cell again", timeout=30_000)
+    idle = "() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
+    page.wait_for_function(idle, timeout=30_000)

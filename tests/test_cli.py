@@ -70,3 +70,45 @@ def test_usage(capsys):
     text = capsys.readouterr().out
     assert all(name in text for name in COMMANDS)
     assert main(["--version"]) == 0 and main([]) == 2 and main(["dance"]) == 2
+
+
+def test_an_old_run_is_let_go_only_after_the_new_one_is_saved(tmp_path, capsys):
+    from adaptive_lab.store import Store
+
+    store = ["--store", str(tmp_path / "runs")]
+    assert main(["train", *FAST, *store, "--name", "a", "--save-every", "40"]) == 0
+    assert main(["train", *FAST, *store, "--name", "a"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["train", *FAST, *store, "--name", "a", "--overwrite", "--log", str(tmp_path / "file" / "x.jsonl")]) == 2
+    assert [c.step for c in Store(tmp_path / "runs").checkpoints("a")] == [40, 80, 100]
+    shorter = [*FAST[:3], "60", *FAST[4:]]
+    assert main(["train", *shorter, *store, "--name", "a", "--overwrite", "--log", str(tmp_path / "new" / "x.jsonl")]) == 0
+    assert [c.step for c in Store(tmp_path / "runs").checkpoints("a")] == [60]
+    assert main(["train", *FAST, *store, "--name", "b", "--save-every", "10", "--keep", "2"]) == 0
+    assert [c.step for c in Store(tmp_path / "runs").checkpoints("b")] == [90, 100]
+    assert main(["train", *FAST, *store, "--name", "s", "--session", str(tmp_path / "s.json")]) == 0
+    assert main(["replay", str(tmp_path / "s.json"), *store, "--name", "b"]) == 2
+
+
+def test_resume_goes_on_for_longer_and_names_the_newest_good_checkpoint(tmp_path, capsys):
+    store = ["--store", str(tmp_path / "runs")]
+    assert main(["train", *FAST, *store, "--name", "a", "--save-every", "50"]) == 0
+    assert main(["resume", "a", *store]) == 0 and "--steps" in capsys.readouterr().out
+    assert main(["resume", "a", *store, "--steps", "120", "--quiet"]) == 0 and "step 120 of 120" in capsys.readouterr().out
+    from adaptive_lab.store import Store
+
+    newest = max((c for c in Store(tmp_path / "runs").checkpoints("a")), key=lambda c: c.step)
+    path = next(p for p in (tmp_path / "runs").rglob("*") if newest.hash in p.name)
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    assert main(["resume", "a", *store, "--steps", "150"]) == 2
+    assert f"adaptive-lab resume --store {tmp_path / 'runs'} a --step 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["0", "-3", "x"])
+def test_counts_are_checked(flag, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", *FAST, "--save-every", flag])
+    assert "1 or more" in capsys.readouterr().err

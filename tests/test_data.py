@@ -13,10 +13,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from adaptive_lab.data import digits, fetch, files, streams, tables, text, tree
+from adaptive_lab.data import digits, fetch, files, tables, text, tree
 from adaptive_lab.data.streams import Batches, DataError, Task, TaskStream, Windows
 from adaptive_lab.knobs import walk
 from adaptive_lab.parts import find_part
@@ -113,6 +113,15 @@ def test_float64_arrays_become_float32_and_tensors_stay():
 
 
 # files: byte streams, idx, closures
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "renamed.txt", "a.npy"])
+def test_compressed_bytes_are_never_taken_for_text(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"a text " * 100))
+    with pytest.raises(DataError, match="is gzip: unpack it first"):
+        files.open_bytes(tmp_path / name)
+    with pytest.raises(DataError, match="is gzip"):
+        find_part("data", "text")({"path": str(tmp_path / name)}, 0)
 
 
 def test_a_file_of_gigabytes_is_not_read(tmp_path):
@@ -277,6 +286,7 @@ def test_pickles_are_never_opened(tmp_path):
 
 @few
 @given(st.integers(0, 10**6), st.integers(0, 7))
+@example(107140, 0)  # the place of a member is before the beginning of the file
 def test_a_flipped_bit_in_an_npz_is_a_clear_error_or_harmless(tmp_path_factory, place, bit):
     path = tmp_path_factory.mktemp("npz") / "a.npz"
     np.savez(path, X=np.arange(12.0).reshape(6, 2), y=[0, 1] * 3)
@@ -497,9 +507,20 @@ def test_a_part_is_reproducible_and_tested_on_the_same_samples(name):
     assert tuple(x.shape[1:]) == first.inputs and y.dtype == torch.int64 and 0 <= y.min() and y.max() < first.classes
 
 
-def test_the_split_does_not_depend_on_anything():
+def test_the_split_depends_on_the_labels_alone():
     X, y = numbered(40)[0], [0, 1] * 20
-    assert all(torch.equal(a, b) for a, b in zip(digits.hold_out(X, y), digits.hold_out(X, y)))
+    splits = []
+    for seed, scale in ((0, 1), (1, 1), (1, -3)):
+        np.random.seed(seed), torch.manual_seed(seed)
+        splits.append([part.flatten() for part in digits.hold_out(scale * X, y)])
+    assert all(torch.equal(a, b) for a, b in zip(*splits[:2])) and torch.equal(splits[2][2], -3 * splits[0][2])
+
+
+@pytest.mark.parametrize("setting", ["domain", "", "Class-Incremental", None])
+def test_a_setting_that_is_none_is_refused(setting):
+    X, y = numbered(40)[0], torch.arange(40) % 4
+    with pytest.raises(DataError, match="class-incremental.*domain-incremental"):
+        digits.split_tasks(*digits.hold_out(X, y), setting=setting)
 
 
 def test_noise_and_tail_follow_the_seed():

@@ -103,6 +103,7 @@ def test_local_and_dask_give_the_same_bits(cluster, tmp_path):
     there = compare(arms, range(3), "measured:train", cache=False, scheduler=cluster, higher_is_better=False)
     assert not any(c.error for c in here.cells)
     assert metrics(here) == metrics(there) and here.table() == there.table()
+    assert here.made["device"] == there.made["device"] == cells.device_kind()
     assert {c.metrics["threads"] for c in here.cells} == {1.0}
     assert len({c.metrics["loss"] for c in here.cells}) == 6
     kept = compare(arms, range(3), "measured:train", cache=tmp_path / "here", jobs=2, higher_is_better=False)
@@ -228,10 +229,17 @@ def test_what_a_kept_result_depends_on(measures, tmp_path, monkeypatch):
         f.write("# changed\n")
     go((0, 1))
     assert runs(tmp_path) == 5
+    with monkeypatch.context() as m:
+        m.setattr(evidence, "device_kind", lambda: "another GPU")
+        go((0, 1))
+        assert runs(tmp_path) == 7
+        m.setattr(cells.platform, "python_version", lambda: "3.99.0")
+        go((0, 1))
+        assert runs(tmp_path) == 9
     for f in (tmp_path / "kept").glob("*.json"):
         f.write_text(f.read_text()[:-20])
     assert [c.metrics for c in go((0, 1)).cells] == [{"value": 0.0}, {"value": 1.0}]
-    assert runs(tmp_path) == 7
+    assert runs(tmp_path) == 11
 
 
 def test_failures_are_shown_and_cost_nothing_else(measures, tmp_path):
@@ -265,6 +273,8 @@ def test_failures_are_shown_and_cost_nothing_else(measures, tmp_path):
         (dict(seeds=[0.5]), "whole numbers"),
         (dict(baseline="A"), "is not an arm"),
         (dict(baseline=[]), "is not an arm"),
+        (dict(higher_is_better="yes"), "higher_is_better='yes'"),
+        (dict(higher_is_better={"value": 1}), "metric: bool"),
         (dict(measure=lambda recipe, seed: {}), "no name that another process can import"),
         (dict(measure="measured.quick"), "package.module:function"),
         (dict(measure="nowhere:quick"), "cannot be imported"),
@@ -318,9 +328,20 @@ def test_losers_are_published_and_the_strongest_baseline_is_used():
     c = by_hand({"a": base, "b": base + 1, "ours": base + 0.5 + noise, "draw": base + 1 + noise}, baseline=["a", "b"])
     rows = {r.arm: r for r in c.rows()}
     assert {r.against for r in rows.values()} == {"b"}
-    assert [rows[arm].verdict for arm in ("a", "b", "ours", "draw")] == ["worse", "baseline", "worse", "undecided"]
+    assert [rows[arm].verdict for arm in ("a", "b", "ours", "draw")] == ["baseline, not the strongest", "baseline", "worse", "undecided"]
     down = {r.arm: r for r in Comparison(**{**vars(c), "higher_is_better": {"x": False}}).rows()}
     assert down["ours"].against == "a" and down["ours"].verdict == "worse"
+
+
+def test_named_baselines_are_not_tested_against_the_one_that_beat_them():
+    rng, verdicts = np.random.default_rng(0), set()
+    for _ in range(60):  # tables of equal arms, all of them named
+        c = by_hand({arm: rng.normal(size=6) for arm in "abc"}, baseline=["a", "b", "c"])
+        verdicts |= {(r.verdict, r.difference) for r in c.rows()}
+    assert verdicts == {("baseline", None), ("baseline, not the strongest", None)}
+    assert c.draw() and "only `better` is safe" in c.table() and "p corrected over 0" in c.table()
+    neither = Comparison(**{**vars(c), "higher_is_better": {}}).rows()  # nothing was chosen by its values: the first is compared with
+    assert [r.verdict for r in neither] == ["baseline", "undecided", "undecided"]
 
 
 def test_no_claim_below_five_seeds_and_no_interval_of_one():
@@ -332,8 +353,17 @@ def test_no_claim_below_five_seeds_and_no_interval_of_one():
 
 def test_no_spread():
     row = by_hand({"a": [1, 2, 3, 4, 5], "b": [2, 3, 4, 5, 6], "c": [1, 2, 3, 4, 5]}).rows()
-    assert (row[1].difference.low, row[1].difference.high, row[1].verdict) == (1, 1, "better")
+    assert (row[1].difference.low, row[1].difference.high, row[1].difference.p, row[1].verdict) == (1, 1, 2 * 0.5**5, "undecided")
     assert (row[2].difference.p, row[2].verdict) == (1, "undecided")
+    assert by_hand({"a": [0] * 7, "b": [1] * 7}).rows()[1].verdict == "better"  # seven coins on one side: .016
+
+
+@pytest.mark.parametrize("base", [np.zeros(5), np.arange(5.0), np.arange(5) / 3, np.arange(5) * 1e6])
+def test_a_measure_that_ignores_its_seed_is_not_certified(base):
+    for shift in (0.1, -7.3):
+        found = paired(base + shift, base)  # equal differences, but for the rounding of floats
+        assert found.p == 2 * 0.5**5 and math.isclose(found.mean, shift, abs_tol=1e-9)
+    assert paired(base + 0.1 + 1e-6 * np.arange(5), base).p < 0.01  # a small spread is a spread
 
 
 @settings(max_examples=100, deadline=None)
@@ -348,19 +378,28 @@ def test_holm_is_its_definition(p):
             assert corrected in [max(steps[: j + 1]) for j, q in enumerate(real) if q == x]
 
 
-def test_a_worker_with_other_sources_refuses(measures):
-    assert "sources are other than the caller" in cells.run_cell("measured:quick", {}, 0, "another version")["error"]
-
-
 def test_json_round_trip_and_refusals(tmp_path):
     c = by_hand({"a": [1, 2, 3], "b": [0.1, None, 0.3], "gone": []}, made={"at": "now"})
     c.to_json(tmp_path / "c.json")
     assert Comparison.from_json(tmp_path / "c.json") == c
     data = json.loads((tmp_path / "c.json").read_text())
-    for wrong in ({**data, "format": 99}, {k: v for k, v in data.items() if k != "cells"}, [], {**data, "cells": [{"arm": 1}]}):
-        (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+    wrong = [{**data, "format": 99}, {k: v for k, v in data.items() if k != "cells"}, [], {**data, "cells": [{"arm": 1}]}]
+    entries = dict(arms=[1], seeds=["0"], baseline="nobody", higher_is_better="yes", cells={}, measure=3, made=[])
+    wrong += [{**data, name: value} for name, value in entries.items()]
+    cell = data["cells"][0]
+    for bad in (dict(metrics="abc"), dict(metrics={"x": "1"}), dict(metrics={}), dict(arm="nobody"), dict(seed=99), dict(error=3), dict(error="E"), dict(seconds="1")):
+        wrong.append({**data, "cells": [{**cell, **bad}]})
+    for i, content in enumerate(wrong):
+        (tmp_path / "wrong.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="wrong.json"):
-            Comparison.from_json(tmp_path / "wrong.json")
+            print(i, Comparison.from_json(tmp_path / "wrong.json"))
+
+
+def test_a_name_with_nan_in_it_stays(tmp_path):
+    c = by_hand({"NaN guard": [1, 2, 3], "a": [2]})
+    c.to_json(tmp_path / "c.json")
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert [r["arm"] for r in rows] == ["NaN guard", "a"] and rows[1]["sd"] is None
 
 
 def test_names_are_text_everywhere():

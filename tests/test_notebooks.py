@@ -2,6 +2,8 @@
 
 Cells marked `#| eval: false`, or by a flag of `tst_flags` in settings.ini (notest, slow), are left out; name flags in
 ADAPTIVE_LAB_FLAGS to run them all the same: ADAPTIVE_LAB_FLAGS=slow make test. The workbench is run by the browser tests.
+
+A kept output is a claim too. Where it must come out the same on any machine (see SAME), the text is compared with the fresh one.
 """
 import os
 import re
@@ -17,6 +19,8 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if p.name != "workbench.ipynb" and ".ipynb_checkpoints" not in p.parts]
 AT_ONCE, A_CELL = 2, 300  # notebooks, seconds
+# Notebooks whose texts depend on no processor, no library's version and no file of the system: whole numbers, messages, short floats.
+SAME = set("00_knobs 01_parts 02_data.streams 03_data.files 04_data.tables 06_data.digits 11_durable 14_store".split())
 
 
 def left_out():
@@ -32,11 +36,19 @@ def is_run(cell, flags):
     return cell.cell_type == "code" and not any(re.fullmatch(r"eval:\s*false", m, re.I) or m.split()[0] in flags for m in marks)
 
 
+def shown(cell):
+    "The text that a cell's outputs show: what it printed and its values, without pictures and warnings."
+    printed = "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+    values = [o.data.get("text/plain", "") for o in cell.outputs if "data" in o and "image/png" not in o.data]
+    return "\n".join([printed.rstrip(), *values]).strip()
+
+
 def run(path, home):
-    "Run a notebook; the failing cell and its error as text, or an empty string."
+    "Run a notebook; the failing cell and its error as text or an empty string, and what has changed in the outputs."
     nb = nbformat.read(path, as_version=4)
     flags = left_out()
     nb.cells = [c for c in nb.cells if is_run(c, flags)]
+    kept = [shown(c) for c in nb.cells]
     # One thread a kernel, as two run at once; IPython's files in a folder of their own, so that no user's start-up script runs.
     env = {**os.environ, "IPYTHONDIR": str(home), "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     quiet = ["--IPKernelApp.log_level=40"]  # else each kernel warns that it listens on a local port
@@ -44,8 +56,9 @@ def run(path, home):
     try:
         client.execute(env=env)
     except CellExecutionError as e:
-        return re.sub(r"\x1b\[[0-9;]*m", "", str(e))
-    return ""
+        return re.sub(r"\x1b\[[0-9;]*m", "", str(e)), ""
+    changed = [f"{c.source}\n--- kept\n{old}\n--- fresh\n{shown(c)}" for c, old in zip(nb.cells, kept) if shown(c) != old]
+    return "", "\n\n".join(changed)
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +72,28 @@ def running(request, tmp_path_factory):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
 def test_notebook_runs(path, running):
-    if error := running[path].result():
+    error, changed = running[path].result()
+    if error:
         pytest.fail(error, pytrace=False)
+    if changed and path.stem in SAME:
+        pytest.fail(f"{path.name} shows other outputs than it keeps: run it again and keep its outputs\n\n{changed}", pytrace=False)
 
 
 def test_a_failing_cell_is_reported_and_marked_ones_are_left_out(tmp_path):
     cell = nbformat.v4.new_code_cell
     nb = nbformat.v4.new_notebook(cells=[cell("#| eval: false\n1/0"), cell("#| slow\n1/0"), cell("x = 2"), cell("assert x == 3, 'x is two'")])
     nbformat.write(nb, tmp_path / "wrong.ipynb")
-    error = run(tmp_path / "wrong.ipynb", tmp_path)
+    error, _ = run(tmp_path / "wrong.ipynb", tmp_path)
     assert "x is two" in error and "1/0" not in error
+
+
+def test_a_stale_output_is_found(tmp_path):
+    new = nbformat.v4
+    kept = lambda text: [new.new_output("execute_result", {"text/plain": text})]
+    printed = [new.new_output("stream", name="stdout", text="a\nb\n"), *kept("3")]
+    cells = [new.new_code_cell("6 * 7", outputs=kept("42")), new.new_code_cell("6 * 8", outputs=kept("42")), new.new_code_cell("x = 1", outputs=kept("1"))]
+    cells += [new.new_code_cell("print('a'); print('b'); 3", outputs=printed), new.new_code_cell("import warnings; warnings.warn('no output'); 2", outputs=kept("2"))]
+    nbformat.write(new.new_notebook(cells=cells), tmp_path / "stale.ipynb")
+    error, changed = run(tmp_path / "stale.ipynb", tmp_path)
+    assert error == "" and changed == "6 * 8\n--- kept\n42\n--- fresh\n48\n\nx = 1\n--- kept\n1\n--- fresh\n"
+    assert SAME <= {p.stem for p in NOTEBOOKS}

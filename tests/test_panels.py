@@ -66,14 +66,32 @@ def test_text_in_the_status_is_escaped():
     assert "<img" not in panel.status.value
 
 
-def test_saving_says_where_and_what_went_wrong(tmp_path, monkeypatch):
+def test_saving_never_replaces_a_file_of_somebody_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     panel = TrainingPanel(recipe())
     panel.save()
+    panel.save()  # its own file may be renewed
     assert load_session(tmp_path / "session.json").until == 0
-    panel.file.value = "session.json/under/a/file.json"
-    panel.save()
-    assert "could not be written" in panel.status.value and load_session(tmp_path / "session.json").until == 0
+    (tmp_path / "mine.json").write_text("precious")
+    for name, said in (("mine.json", "choose another name"), ("workbench.ipynb", "end in .json"), ("no/such/x.json", "no folder")):
+        panel.file.value = name
+        panel.save()
+        assert said in panel.status.value
+    assert (tmp_path / "mine.json").read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == ["mine.json", "session.json"]
+
+
+def test_a_message_stays_until_the_next_action():
+    async def main():
+        panel = TrainingPanel(recipe())
+        panel.step(50)
+        panel._turned("optimizer.lr", 7.0)
+        await panel.live.rest()
+        await asyncio.sleep(0.3)
+        assert "lr=7.0 is not allowed" in panel.status.value
+        panel.step(1)
+        assert "not allowed" not in panel.status.value
+
+    asyncio.run(main())
 
 
 def test_a_cell_that_runs_again_pauses_its_first_training():
@@ -84,6 +102,7 @@ def test_a_cell_that_runs_again_pauses_its_first_training():
         second = TrainingPanel(recipe())
         await first.live.rest()
         assert first.live.state == "paused" and second.live.state == "ready"
+        assert second.earlier == [first] and "panel.earlier[0]" in second.status.value
 
     asyncio.run(main())
 

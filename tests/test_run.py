@@ -137,7 +137,7 @@ def test_saving_a_session_over_another_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "s.json"
     save_session(path, Session(recipe(), Tape(), 10))
     before = path.read_bytes()
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("adaptive_lab.durable.sync_file", lambda f: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(NotWritten, match="disk is full"):
         save_session(path, Session(recipe(), Tape(), 20))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["s.json"]
@@ -177,3 +177,53 @@ def test_live_says_what_failed():
     assert live.state == "failed" and isinstance(live.error, NonFiniteLoss)
     with pytest.raises(RuntimeError, match="failed .*reset"):
         live.start()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    run, store = Run(recipe()).advance(5), Store(tmp_path)
+    run.save(store, "r")
+    run.advance(6)
+    next(run.model.parameters()).data[0, 0] = float("inf")
+    with pytest.raises(ArithmeticError, match="1.weight is not finite.*last checkpoint stays"):
+        run.save(store, "r")
+    assert Run.resume(store, "r").index == 5
+
+
+def test_a_tape_is_read_by_its_declarations(tmp_path):
+    d = Session(recipe(), Tape([(3, "optimizer.lr", 0.5)]), 10).to_dict()
+    d["tape"][0]["value"] = "0.25"
+    (tmp_path / "s.json").write_text(json.dumps(d))
+    assert load_session(tmp_path / "s.json").tape.changes[0].value == 0.25
+    with pytest.raises(KnobError, match="reset"):
+        Run(recipe(), Tape([(5, "model.hidden", 3)]))
+    with pytest.raises(RecipeError, match="ends after 100 steps"):
+        Run(recipe(), Tape([(500, "optimizer.lr", 0.1)]))
+    with pytest.raises(KnobError, match="unknown knob"):
+        Run(recipe()).change({"nodot": 1})
+    with pytest.raises(RecipeError, match="name of a part"):
+        Recipe(["a"], "mlp", "adam")
+
+
+def test_other_data_under_the_same_name_are_noticed(tmp_path):
+    from sklearn.datasets import load_wine
+    import numpy as np
+
+    X, y = load_wine(return_X_y=True)
+    np.savez(tmp_path / "mine.npz", X=X, y=y)
+    r = Recipe("table", "mlp", "adam", {"data.path": str(tmp_path / "mine.npz"), "run.steps": 20})
+    run = Run(r).advance(10)
+    run.save(Store(tmp_path), "r")
+    assert Run.resume(Store(tmp_path), "r").index == 10
+    np.savez(tmp_path / "mine.npz", X=X[:, ::-1], y=y)
+    with pytest.raises(RecipeError, match="other data"):
+        Run.resume(Store(tmp_path), "r")
+
+
+def test_steps_asked_for_twice_are_made_twice():
+    live = Live(recipe())
+    live.step(30)
+    live.step(30)
+    live.wait()
+    while live.run.index < 60 and live.state == "running":
+        live.wait()
+    assert live.state == "paused" and live.run.index == 60

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import adaptive_lab.store
+from adaptive_lab import durable
 from adaptive_lab.durable import NotWritten, StoreError
 from adaptive_lab.store import Checkpoint, Reader, Store, record_bytes
 from adaptive_lab.tensorfile import PIECE, Corrupt, Missing, Newer, check_file, encode, load_state, save_state
@@ -478,7 +479,7 @@ def test_any_refusal_of_any_call(store, monkeypatch, code, cure, call):
             return real(*args)
         return f
     with monkeypatch.context() as m:
-        m.setattr(os, "fsync", refuse(os.fsync))
+        m.setattr(durable, "sync_file", refuse(durable.sync_file))
         m.setattr(os, "replace", refuse(os.replace))
         with pytest.raises(NotWritten, match=cure):
             store.save("digits", 2, {"w": torch.zeros(10)})
@@ -500,7 +501,7 @@ def test_interrupted_from_the_keyboard(store, monkeypatch):
     def interrupt(fd):
         raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(os, "fsync", interrupt)
+        m.setattr(durable, "sync_file", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.save("digits", 2, {"w": torch.zeros(10)})
     assert len(store.checkpoints()) == 1
@@ -512,11 +513,11 @@ def test_the_order_of_the_calls(tmp_path, monkeypatch):
     "What a power cut may take is what was not synced: so data before its name, and the object before the record."
     store, calls = Store(tmp_path / "store"), []
     store.save("digits", 0, {})
-    real_sync, real_replace = os.fsync, os.replace
+    real_sync, real_replace = durable.sync_file, os.replace
     def name(path):
         path = Path(path)
         return "scratch" if path.suffix == ".tmp" else path.parent.name if path.is_file() else path.name
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("sync", name(os.readlink(f"/proc/self/fd/{fd}")))), real_sync(fd))[1])
+    monkeypatch.setattr(durable, "sync_file", lambda fd: (calls.append(("sync", name(os.readlink(f"/proc/self/fd/{fd}")))), real_sync(fd))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (real_replace(a, b), calls.append(("name", name(b))))[0])
     store.save("digits", 1, {"w": torch.ones(3)})
     assert calls == [("sync", "scratch"), ("name", "objects"), ("sync", "objects"), ("sync", "scratch"), ("name", "digits"), ("sync", "digits")]

@@ -156,3 +156,53 @@ def test_a_loader_with_randomness_of_its_own_resumes():
     for step in train(model, opt, loader, 20, start=kept[2]):
         pass
     assert torch.equal(straight, model.weight)
+
+
+def test_a_refused_batch_leaves_running_statistics_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    bad = X.clone()
+    bad[12] = float("nan")
+    feed = train(model, opt, DataLoader(TensorDataset(bad, Y), batch_size=10))
+    next(feed)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(NonFiniteLoss, match="step 1 .*after step 0"):
+        next(feed)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_an_infinite_gradient_is_told_truthfully():
+    "Its loss is finite, so the step is made; the next one says that the weights are lost. With clipping it is refused at once."
+    def root(model, batch):
+        return (model(batch[0]) * 0).abs().sum().sqrt()
+
+    model, opt = net()
+    feed = train(model, opt, Batches(X, Y, 10, 0), loss=root)
+    next(feed)
+    with pytest.raises(NonFiniteLoss, match="not finite any more.*checkpoint before step 1"):
+        next(feed)
+    model, opt = net()
+    before = model.weight.detach().clone()
+    with pytest.raises(NonFiniteLoss, match="gradient's norm is nan at step 0 .*no step was made"):
+        next(train(model, opt, Batches(X, Y, 10, 0), loss=root, settings=Training(clip=1)))
+    assert torch.equal(before, model.weight)
+
+
+def test_what_does_not_fit_is_said_at_the_call():
+    model, opt = net()
+    with pytest.raises(TypeError, match="optimizer is a list"):
+        train(model, [opt], Batches(X, Y, 10, 0))
+    with pytest.raises(TypeError, match="LBFGS"):
+        train(model, torch.optim.LBFGS(model.parameters()), Batches(X, Y, 10, 0))
+    with pytest.raises(TypeError, match="a batch is a dict.*loss="):
+        next(train(model, opt, [{"x": X, "y": Y}]))
+    with pytest.raises(ValueError, match="a batch is empty"):
+        next(train(model, opt, [(X[:0], Y[:0])]))
+
+
+def test_a_scheduler_that_watches_the_loss():
+    model, opt = net()
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0, threshold=10.0)
+    for step in train(model, opt, Batches(X, Y, 10, 0), 4, scheduler=plateau):
+        pass
+    assert opt.param_groups[0]["lr"] < 0.1

@@ -8,6 +8,7 @@ __all__ = ['CLOCK', 'FLAGS', 'READ', 'free_port', 'lab_server', 'browser_page', 
 
 # %% ../../nbs/94_bench.browser.ipynb #0003
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -27,6 +28,15 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 # %% ../../nbs/94_bench.browser.ipynb #0006
+def _end(server):
+    "Ask the server to stop its kernels and itself; after a while end it with all its processes."
+    server.terminate()
+    try:
+        server.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL) if hasattr(os, "killpg") else server.kill()
+        server.wait(10)
+
 @contextmanager
 def lab_server(notebook: Path, token: str = "lab"):
     "A JupyterLab server for the notebook's project; gives its address. Stopped, with its kernels, on leaving."
@@ -35,15 +45,15 @@ def lab_server(notebook: Path, token: str = "lab"):
     with tempfile.TemporaryDirectory() as home:
         env = {**os.environ, **without_news(home), "JUPYTER_CONFIG_DIR": home, "JUPYTER_DATA_DIR": home, "JUPYTER_RUNTIME_DIR": home, "PYTHONWARNINGS": "ignore"}
         log = open(Path(home, "lab.log"), "wb")
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
             _wait_for(f"http://127.0.0.1:{port}/api?token={token}", server, Path(home, "lab.log"))
             yield f"http://127.0.0.1:{port}"
         finally:
-            server.terminate()
-            server.wait(20)
+            _end(server)
             log.close()
 
+# %% ../../nbs/94_bench.browser.ipynb #0007
 def _wait_for(url, server, log, seconds=60):
     "Until the server answers; an error with its log if it ends or stays silent."
     until = time.monotonic() + seconds
@@ -54,7 +64,7 @@ def _wait_for(url, server, log, seconds=60):
             time.sleep(0.1)
     raise RuntimeError(f"JupyterLab did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
-# %% ../../nbs/94_bench.browser.ipynb #0008
+# %% ../../nbs/94_bench.browser.ipynb #0009
 CLOCK = """
 window.__clock = {key: null, paints: []};
 addEventListener('keydown', () => { window.__clock.key = performance.now(); }, true);
@@ -83,7 +93,7 @@ def browser_page(dark: bool = False):
         finally:
             browser.close()
 
-# %% ../../nbs/94_bench.browser.ipynb #0010
+# %% ../../nbs/94_bench.browser.ipynb #0011
 def open_notebook(page, address: str, path: str, token: str = "lab"):
     "Open a notebook alone on the page and wait for its kernel; returns the seconds this took."
     begun = time.perf_counter()
@@ -101,7 +111,7 @@ def run_all(page, wait_for: str | None = ".al-live svg"):
         page.wait_for_selector(wait_for, timeout=90_000)
     return time.perf_counter() - begun
 
-# %% ../../nbs/94_bench.browser.ipynb #0011
+# %% ../../nbs/94_bench.browser.ipynb #0012
 def press(page, button: str):
     "Click a button of the panel by its text."
     page.locator(".al-panel button", has_text=button).first.click()
@@ -118,7 +128,7 @@ def python(page, code: str) -> str:
       await f.done; return out; }"""
     return page.evaluate(script, code)
 
-# %% ../../nbs/94_bench.browser.ipynb #0013
+# %% ../../nbs/94_bench.browser.ipynb #0014
 def latency(page, knob: str, title: str, presses: int = 25, key: str = "ArrowRight", gap: float = 0.6) -> list[float]:
     "Milliseconds from each key press to the first painted picture that shows the changed value (found by `title`); inf if none did in time."
     handle = slider(page, knob)
@@ -145,13 +155,13 @@ def _read(text: str, title: str):
     found = re.search(title, text)
     return found and found.group(1)
 
-# %% ../../nbs/94_bench.browser.ipynb #0014
+# %% ../../nbs/94_bench.browser.ipynb #0015
 def quantile(values: list[float], q: float) -> float:
     "The smallest value that a share `q` of the values does not exceed."
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, -(-int(q * 1000) * len(ordered) // 1000) - 1))]
 
-# %% ../../nbs/94_bench.browser.ipynb #0017
+# %% ../../nbs/94_bench.browser.ipynb #0018
 def panel_notebook(path: Path, knobs: dict, optimizer: str = "plasticity", data: str = "split_digits") -> Path:
     "Write a notebook whose one cell shows a panel for this recipe."
     import nbformat

@@ -9,7 +9,6 @@ __all__ = ['KNOWN', 'PIECE', 'Remote', 'digest', 'FetchError', 'find_local', 'lo
 # %% ../../nbs/05_data.fetch.ipynb #0003
 import hashlib
 import os
-import re
 import shutil
 import time
 import zipfile
@@ -46,7 +45,7 @@ KNOWN = dict([
         "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")),
 ])
 
-# %% ../../nbs/05_data.fetch.ipynb #0009
+# %% ../../nbs/05_data.fetch.ipynb #0010
 def digest(
     path,  # a file
     like: str,  # a checksum of the wanted kind, e.g. `md5:...`
@@ -60,14 +59,14 @@ def digest(
             seen.update(piece)
     return f"{algorithm}:{seen.hexdigest()}"
 
-# %% ../../nbs/05_data.fetch.ipynb #0012
+# %% ../../nbs/05_data.fetch.ipynb #0013
 class FetchError(OSError):
     "A file could not be fetched: the message says why, for each place that was tried."
 
 def _told(name: str) -> str:
     return f"To bring it yourself, set ADAPTIVE_LAB_DATA to a folder and put the file there as {name}."
 
-# %% ../../nbs/05_data.fetch.ipynb #0013
+# %% ../../nbs/05_data.fetch.ipynb #0014
 def find_local(
     name: str,  # relative name, e.g. `mnist/train-images-idx3-ubyte.gz`
     remote: Remote,  # its checksums
@@ -88,14 +87,14 @@ def find_local(
             raise FetchError(f"{path} is not the known file: expected {remote.checksum}, found {found}. Remove or rename it.")
     return None
 
-# %% ../../nbs/05_data.fetch.ipynb #0017
+# %% ../../nbs/05_data.fetch.ipynb #0018
 def local_path(path) -> Path:
     "A user's path; a relative one means a file in ADAPTIVE_LAB_DATA, if there is one."
     folder = os.environ.get("ADAPTIVE_LAB_DATA")
     inside = Path(folder, path) if folder else Path(path)  # an absolute path stays what it is
     return inside if inside.is_file() else Path(path)
 
-# %% ../../nbs/05_data.fetch.ipynb #0020
+# %% ../../nbs/05_data.fetch.ipynb #0021
 class Interrupted(Exception):
     "The line was cut; what has arrived is kept."
 
@@ -112,13 +111,13 @@ def _where_to_begin(reply, part: Path) -> int:
     reply.raise_for_status()
     return 0
 
-# %% ../../nbs/05_data.fetch.ipynb #0022
+# %% ../../nbs/05_data.fetch.ipynb #0023
 def _requests_errors() -> tuple:
     from requests.exceptions import ChunkedEncodingError, ConnectionError, ContentDecodingError, Timeout
 
     return ChunkedEncodingError, ConnectionError, ContentDecodingError, Timeout
 
-# %% ../../nbs/05_data.fetch.ipynb #0023
+# %% ../../nbs/05_data.fetch.ipynb #0024
 PIECE = 2**14  # bytes written at a time: no more than this is lost when the line is cut
 
 def _write(reply, part: Path, begin: int):
@@ -145,7 +144,7 @@ def _write(reply, part: Path, begin: int):
     if total and part.stat().st_size < total:
         raise Interrupted(f"{part.stat().st_size} of {total} bytes arrived")
 
-# %% ../../nbs/05_data.fetch.ipynb #0024
+# %% ../../nbs/05_data.fetch.ipynb #0025
 def _connect(url: str, part: Path):
     "One connection: ask for what is missing and append it."
     import requests
@@ -160,7 +159,7 @@ def _connect(url: str, part: Path):
     except requests.RequestException as e:
         raise FetchError(f"{url}: {e}") from None
 
-# %% ../../nbs/05_data.fetch.ipynb #0026
+# %% ../../nbs/05_data.fetch.ipynb #0027
 class Resumable:
     "A pooch downloader that continues a partial file, a few times over if the line is cut."
 
@@ -183,7 +182,7 @@ class Resumable:
                 reason = e
         raise FetchError(f"{url}: {self.tries} tries failed, the last one: {reason}. What has arrived is kept; run again to continue.")
 
-# %% ../../nbs/05_data.fetch.ipynb #0033
+# %% ../../nbs/05_data.fetch.ipynb #0034
 def _download(url: str, path: Path, remote: Remote, **how):
     "One mirror: fetch, check, move into place."
     import pooch
@@ -197,7 +196,7 @@ def _download(url: str, path: Path, remote: Remote, **how):
             return _download(url, path, remote, **how)
         raise FetchError(f"{url} served a wrong file, which was removed: {e}") from None
 
-# %% ../../nbs/05_data.fetch.ipynb #0034
+# %% ../../nbs/05_data.fetch.ipynb #0035
 def retrieve(
     name: str,  # relative name in the cache
     remote: Remote,
@@ -226,7 +225,7 @@ def retrieve(
         reasons.append(f"cannot write to {path.parent}: {e}")
     raise FetchError(f"{name} could not be fetched. {' '.join(reasons)} {_told(name)}")
 
-# %% ../../nbs/05_data.fetch.ipynb #0036
+# %% ../../nbs/05_data.fetch.ipynb #0037
 def take_out(archive: Path, path: Path, remote: Remote) -> Path:
     "Unpack one member of a zip, check it, move it into place, and remove the zip."
     part = path.with_name(path.name + ".part")
@@ -243,7 +242,7 @@ def take_out(archive: Path, path: Path, remote: Remote) -> Path:
         part.unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/05_data.fetch.ipynb #0040
+# %% ../../nbs/05_data.fetch.ipynb #0041
 def cache_folder() -> Path:
     "Where fetched files are kept: the platform's cache folder of this user."
     import pooch

@@ -87,7 +87,9 @@ def open_bytes(
 ) -> np.ndarray:
     "A file as a one-dimensional row of bytes, mapped read-only and never read whole. Raises `DataError`."
     path, offset = Path(path), 0
-    with opened(path):
+    with opened(path) as f:
+        if isinstance(f, gzip.GzipFile):
+            raise DataError(f"{path} is gzip: unpack it first (gunzip -k), a mapped file cannot be compressed")
         size = path.stat().st_size
     if path.suffix == ".npy":
         with open(path, "rb") as f:

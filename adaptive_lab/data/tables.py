@@ -77,7 +77,7 @@ def read_npz(
                 _check_member(path, archive, name, max_bytes)
         with np.load(path, allow_pickle=False) as arrays:
             X, y = arrays["X"], arrays["y"]
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as e:
         raise DataError(f"{path} is no readable .npz archive ({e}): write it by numpy.savez(path, X=X, y=y)") from None
     return Labelled.of(X, y, where=str(path))
 

@@ -30,7 +30,7 @@ def class_pairs(
 def class_tree(
     modules=MODULES,  # names of modules whose classes are taken
 ) -> Closure:
-    "The hierarchy of Python's classes; it depends on the version of Python and on nothing else."
+    "The hierarchy of Python's classes; it depends on the version and the build of Python, not on what was imported before."
     return Closure.of(class_pairs(modules))
 
 # %% ../../nbs/08_data.tree.ipynb #0010

@@ -7,6 +7,7 @@ __all__ = ['SHARE', 'FASTEST', 'WRAP', 'PANELS', 'STILL_EVERY', 'TrainingPanel']
 
 # %% ../../nbs/90_panels.training.ipynb #0003
 import asyncio
+import shlex
 import threading
 import time
 from html import escape
@@ -38,7 +39,8 @@ class TrainingPanel:
         recipe: Recipe,
         pace: float | None = None,  # at most so many steps a second, so that a fast training can be watched
     ):
-        for other in list(PANELS):  # a cell that is run again must not leave its first training running unseen
+        self.earlier = [p for p in PANELS if p.live.state == "running"]
+        for other in self.earlier:  # a cell that is run again must not leave its first training running unseen
             other.pause()
         PANELS.add(self)
         self.live = Live(recipe, pace=pace)
@@ -48,6 +50,7 @@ class TrainingPanel:
         except RuntimeError:
             self._home = None
         self._thread = threading.get_ident()
+        self._message, self._mine = "", set()  # what went wrong last; files this panel wrote
         self._quiet = False  # True while sliders are moved by the program, not by a person
         self._due = False  # a redraw is already on its way
         self._build()
@@ -101,7 +104,7 @@ def _build(self):
     self.extra = [(Picture(), view) for view in VIEWS.get(self.run.recipe.names["optimizer"], ())]
     self._lay_out(*self._make_controls())
     self.accuracy.svg, self.loss.svg = accuracy_view(self.live), loss_view(self.live)
-    self._say()
+    self._say("".join(f"an earlier training was paused at step {p.run.index}: `panel.earlier[{i}]` shows it" for i, p in enumerate(self.earlier)))
 
 # %% ../../nbs/90_panels.training.ipynb #0013
 def _lay_out(self, live, fixed):
@@ -135,6 +138,7 @@ def _turned(self, address, value):
         return
     try:
         self.live.change({address: value})
+        self._message = ""
         self._draw_soon()
     except KnobError as e:
         self._show_values()
@@ -152,6 +156,7 @@ def _show_values(self):
 # %% ../../nbs/90_panels.training.ipynb #0017
 def _do(self, act):
     "Carry out a button's action; what goes wrong is told in the status line."
+    self._message = ""
     try:
         act()
     except Exception as e:  # whatever it is, the person at the page must read it
@@ -185,19 +190,41 @@ def stop(self):
 
 # %% ../../nbs/90_panels.training.ipynb #0019
 def reset(self):
-    "Start anew, with every control as it stands."
+    "Start anew, with every control as it stands. Building is done beside the event loop, since loading data may take a while."
+    self.pause()
     fixed = {a: c.value for a, c in self.controls.items() if not self.declared[a].live and not same(self.run.recipe[a], c.value)}
-    self._do(lambda: self.live.reset(fixed))
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        self._do(lambda: self.live.reset(fixed))
+        return self._show_values()
+    self._say("building …")
+    self._building = loop.create_task(self._rebuild(fixed))
+
+async def _rebuild(self, fixed):
+    "The rest of a reset."
+    try:
+        run = await asyncio.get_running_loop().run_in_executor(None, self.live.build, fixed)
+        self._do(lambda: self.live.replace(run))
+    except Exception as e:
+        self._say(f"{type(e).__name__}: {e}")
     self._show_values()
     self._keep()
 
 # %% ../../nbs/90_panels.training.ipynb #0020
 def save(self):
-    "Write recipe and tape to the file named in the panel, beside the notebook."
+    "Write recipe and tape to the file named in the panel, beside the notebook; never over a file that this panel did not write."
     def act():
-        path = Path(self.file.value or "session.json")
+        path = Path(self.file.value.strip() or "session.json").expanduser()
+        if path.suffix != ".json":
+            raise ValueError(f"file={str(path)!r} is not allowed: its name must end in .json")
+        if not path.parent.is_dir():
+            raise ValueError(f"file={str(path)!r}: there is no folder {str(path.parent)!r}")
+        if path.exists() and path.resolve() not in self._mine:
+            raise ValueError(f"file={str(path)!r} is there already, and this panel did not write it: choose another name")
         save_session(path, self.live.session())
-        self.saved.value = f"saved <code>{escape(str(path.resolve()))}</code>; replay it: <code>adaptive-lab replay {escape(str(path))}</code>"
+        self._mine.add(path.resolve())
+        self.saved.value = f"saved <code>{escape(str(path.resolve()))}</code>; replay it: <code>adaptive-lab replay {escape(shlex.quote(str(path)))}</code>"
     self._do(act)
 
 def show_code(self):
@@ -206,7 +233,8 @@ def show_code(self):
 
 # %% ../../nbs/90_panels.training.ipynb #0022
 def _say(self, text: str = ""):
-    "The status line: state, step, speed, last loss, what waits; and a message."
+    "The status line: state, step, speed, last loss, what waits; and a message, which stays until the next action."
+    self._message = text or self._message
     live, run = self.live, self.run
     self.buttons["Start"].description = "Resume" if live.state == "paused" else "Start"
     parts = [f"<b>{live.state}</b>", f"step {run.index} of {run.recipe['run.steps']}"]
@@ -216,7 +244,7 @@ def _say(self, text: str = ""):
         speed = min(live.speed, live.pace or live.speed)
         parts += [f"{speed:.0f} steps/s", f"{max(0, run.recipe['run.steps'] - run.index) / speed:.0f} s left"]
     parts += [f"{escape(a.split('.')[1])} = {v:.4g} from the next step on" if isinstance(v, float) else f"{escape(a)} = {escape(str(v))} waits" for a, v in run.waiting.items()]
-    text = text or (f"{type(live.error).__name__}: {live.error}" if live.error else "")
+    text = self._message or (f"{type(live.error).__name__}: {live.error}" if live.error else "")
     self.status.value = " · ".join(parts) + (f'<br><span role="alert" style="color:#d55e00">{escape(text)}</span>' if text else "")
 
 def draw(self):
@@ -246,7 +274,10 @@ async def _follow(self):
     "Redraw while the run goes on, as often as the cost allows, and once at its end."
     while self.live.state == "running":
         begun = time.perf_counter()
-        self.draw()
+        try:
+            self.draw()
+        except Exception as e:  # a picture that fails must not end the pictures
+            self._say(f"{type(e).__name__}: {e}")
         cost = time.perf_counter() - begun
         if begun - self._drawn_still > STILL_EVERY:
             self._keep()
@@ -270,6 +301,6 @@ def _ipython_display_(self):
     self._draw_soon()  # the page lays the controls out while the kernel builds the optimizer for the other pictures
 
 # %% ../../nbs/90_panels.training.ipynb #0026
-for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _do, start, pause, step, stop, reset, save, show_code,
+for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _do, start, pause, step, stop, reset, _rebuild, save, show_code,
           _say, draw, _draw_soon, _draw_now, _follow, _keep, _ipython_display_):
     setattr(TrainingPanel, f.__name__, f)

@@ -19,10 +19,24 @@ function guard(root) {
   new MutationObserver(mark).observe(root, { subtree: true, childList: true, attributes: true, attributeFilter: ["tabindex", "contenteditable"] });
 }
 
+// When the kernel is restarted the controls are dead, which nothing else on the page says.
+function mourn(el) {
+  const root = el.closest(".al-panel");
+  if (!root || root.querySelector(".al-gone")) return;
+  const note = document.createElement("div");
+  note.className = "al-gone";
+  note.setAttribute("role", "alert");
+  note.style.cssText = "color:#d55e00;font-weight:600;padding:4px";
+  note.textContent = "The kernel was restarted or has ended: run this cell again. The pictures show where the run was.";
+  root.prepend(note);
+}
+
 function render({ model, el }) {
   el.classList.add("al-live");
   const draw = () => { el.innerHTML = model.get("svg"); };
+  const gone = () => mourn(el);
   model.on("change:svg", draw);
+  model.on("comm_live_update", gone);
   draw();
   const find = () => {   // the panel is attached to the page a moment after its parts are made
     const root = el.closest(".al-panel");
@@ -30,7 +44,7 @@ function render({ model, el }) {
   };
   let tries = 100;
   find();
-  return () => model.off("change:svg", draw);
+  return () => { model.off("change:svg", draw); model.off("comm_live_update", gone); };
 }
 
 export default { render };
