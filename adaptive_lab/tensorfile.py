@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'PIECE', 'MAX_TENSORS', 'MAX_HEADER', 'Missing', 'Newer', '
 
 # %% ../nbs/13_tensorfile.ipynb #0003
 import math
+import mmap
 import os
 import re
 import struct
@@ -94,7 +95,7 @@ def encode(state) -> Encoded:
     buffers = {name: e.bytes for name, e in entries.items()}
     texts = {"format": "pt", "adaptive_lab": str(FORMAT), "tree": to_json(tree), "blake3": to_json(_digests(buffers))}
     raw = to_json({"__metadata__": texts, **rows}).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(len(raw) + 8) % 64)  # so that the data begin at a multiple of 64 bytes
     if len(raw) > MAX_HEADER or len(entries) > MAX_TENSORS:
         raise NotStorable(f"{len(entries)} tensors and {len(raw)} bytes of structure; one file holds {MAX_TENSORS} and {MAX_HEADER}. "
                           "Join small tensors, or put long lists of numbers into arrays.")
@@ -196,13 +197,13 @@ def _read_at(f, at: int, memory: memoryview) -> bool:
     return True
 
 # %% ../nbs/13_tensorfile.ipynb #0032
-def _faults(f, path, header: Header, memory: dict | None = None) -> list[Corrupt]:
-    "Read every tensor, into `memory` by name or only past its digests; the first fault of each that has one."
+def _faults(f, path, header: Header, memory: dict | None = None, mapped=()) -> list[Corrupt]:
+    "Read every tensor, into `memory` by name (unless it is mapped) or only past its digests; the first fault of each that has one."
     def fault(work):
         name, k, piece = work
         into = memory[name][piece] if memory else memoryview(bytearray(piece.stop - piece.start))
         at = header.start + header.entries[name].begin + piece.start
-        if not _read_at(f, at, into):
+        if name not in mapped and not _read_at(f, at, into):
             return Corrupt("the file ends within the next MiB: it is truncated", path, name, at)
         if blake3(into).hexdigest() != header.digests[name][k]:
             return Corrupt(f"the {len(into)} bytes from there have changed since they were written", path, name, at)
@@ -212,7 +213,19 @@ def _faults(f, path, header: Header, memory: dict | None = None) -> list[Corrupt
     found = [x for x in _each(fault, work, sum(sizes.values())) if x]
     return list({x.tensor: x for x in reversed(found)}.values())[::-1]
 
-# %% ../nbs/13_tensorfile.ipynb #0033
+# %% ../nbs/13_tensorfile.ipynb #0034
+def _memory(f, header: Header) -> tuple[dict[str, torch.Tensor], set[str]]:
+    "A tensor for each entry, and the names of those that are mapped, whose content is there already."
+    whole = {n for n, e in header.entries.items() if e.end - e.begin >= PIECE and (header.start + e.begin) % 64 == 0 and os.name != "nt"}
+    tensors = {name: torch.empty(e.shape, dtype=DTYPES[e.code]) for name, e in header.entries.items() if name not in whole}
+    pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if whole else None
+    for name in whole:
+        e, dtype = header.entries[name], DTYPES[header.entries[name].code]
+        flat = torch.frombuffer(pages, dtype=dtype, count=(e.end - e.begin) // dtype.itemsize, offset=header.start + e.begin)
+        tensors[name] = flat.reshape(e.shape)
+    return tensors, whole
+
+# %% ../nbs/13_tensorfile.ipynb #0035
 @contextmanager
 def _opened(path):
     "A file to read. Raises `Missing`, or StoreError when it cannot be opened."
@@ -229,15 +242,15 @@ def load_state(path: Path, expected: str | None = None):
     "The state in a file, each byte checked, tensors on the CPU; `expected` is its content hash. Raises `Missing`, `Corrupt`, `Newer`."
     with _opened(path) as f:
         header = read_header(f, path, expected)
-        tensors = {name: torch.empty(e.shape, dtype=DTYPES[e.code]) for name, e in header.entries.items()}
-        if faults := _faults(f, path, header, {name: as_bytes(t) for name, t in tensors.items()}):
+        tensors, mapped = _memory(f, header)
+        if faults := _faults(f, path, header, {name: as_bytes(t) for name, t in tensors.items()}, mapped):
             raise faults[0]
     try:
         return unpack(header.tree, tensors)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, StopIteration, struct.error) as e:
         raise Corrupt(f"its tree cannot be rebuilt: {type(e).__name__}: {e}", path) from None
 
-# %% ../nbs/13_tensorfile.ipynb #0039
+# %% ../nbs/13_tensorfile.ipynb #0041
 def check_file(path: Path, expected: str | None = None) -> list[StoreError]:
     "Every fault of a file, as errors that are not raised: an empty list when each byte is as it was written."
     try:

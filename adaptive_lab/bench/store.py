@@ -34,6 +34,10 @@ def _plain_save(state: dict, path: Path, sync: bool):
         with open(path, "rb+") as f:
             os.fsync(f.fileno())
 
+def _into(state: dict, load):
+    for name, t in load().items():
+        state[name].copy_(t)
+
 def _plain_load(path: Path) -> dict:
     return {name: t.clone() for name, t in load_file(path).items()}
 
@@ -55,6 +59,8 @@ def _one_round(store: Store, folder: Path, state: dict, k: int) -> dict[str, flo
         "write plain, fsync": _seconds(_plain_save, state, synced, True),
         "load": _seconds(store.load, "bench", k),
         "load plain, clone": _seconds(_plain_load, plain),
+        "into a model": _seconds(_into, state, lambda: store.load("bench", k)),
+        "into a model, plain": _seconds(_into, state, lambda: load_file(plain)),
         "verify": _seconds(store.verify),
     }
     for path in (plain, synced):
@@ -80,5 +86,6 @@ def bench_store(
         "write / plain": ms["write"] / ms["write plain"],
         "write / plain with fsync": ms["write"] / ms["write plain, fsync"],
         "load / plain": ms["load"] / ms["load plain, clone"],
+        "into a model / plain": ms["into a model"] / ms["into a model, plain"],
     }
     return {"megabytes": sum(t.nbytes for t in state.values()) / 1e6, "repeats": repeats, "ms": ms, "ratios": ratios}
