@@ -135,3 +135,31 @@ def test_a_value_off_the_grid_is_on_the_slider_exactly(value):
         assert abs(steps - round(steps)) < 1e-6
         place(made, k, value / 3)
         assert same(made.value, value / 3)
+
+
+def test_a_reset_builds_beside_the_loop_and_a_failed_one_leaves_the_run(monkeypatch):
+    "A slow download must not freeze the page; what went wrong is told, and the paused run goes on."
+    import time
+
+    async def main():
+        panel = TrainingPanel(recipe())
+        panel.step(20)
+        await panel.live.rest()
+
+        def slow(changes):
+            time.sleep(0.3)
+            raise OSError("no network")
+
+        monkeypatch.setattr(panel.live, "build", slow)
+        panel.reset()
+        ticks = 0
+        while not panel._building.done():
+            assert panel.buttons["Start"].disabled
+            await asyncio.sleep(0.01)
+            ticks += 1
+        assert ticks > 5 and "OSError: no network" in panel.status.value and not panel.buttons["Start"].disabled
+        panel.step(5)
+        await panel.live.rest()
+        assert panel.run.index == 25
+
+    asyncio.run(main())

@@ -199,6 +199,7 @@ def reset(self):
         self._do(lambda: self.live.reset(fixed))
         return self._show_values()
     self._say("building …")
+    self._enable(False)  # the old run must rest meanwhile
     self._building = loop.create_task(self._rebuild(fixed))
 
 async def _rebuild(self, fixed):
@@ -208,8 +209,14 @@ async def _rebuild(self, fixed):
         self._do(lambda: self.live.replace(run))
     except Exception as e:
         self._say(f"{type(e).__name__}: {e}")
+    self._enable(True)
     self._show_values()
     self._keep()
+
+def _enable(self, on: bool):
+    "Let the buttons be pressed, or not."
+    for b in self.buttons.values():
+        b.disabled = not on
 
 # %% ../../nbs/90_panels.training.ipynb #0020
 def save(self):
@@ -301,6 +308,6 @@ def _ipython_display_(self):
     self._draw_soon()  # the page lays the controls out while the kernel builds the optimizer for the other pictures
 
 # %% ../../nbs/90_panels.training.ipynb #0026
-for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _do, start, pause, step, stop, reset, _rebuild, save, show_code,
+for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _do, start, pause, step, stop, reset, _rebuild, _enable, save, show_code,
           _say, draw, _draw_soon, _draw_now, _follow, _keep, _ipython_display_):
     setattr(TrainingPanel, f.__name__, f)
