@@ -22,7 +22,7 @@ from pkgutil import iter_modules
 from . import __version__
 from .durable import write_durably
 from .parts import UnknownPart, parts
-from .run import Run, replay, weights_digest
+from .run import Run, data_digest, replay, weights_digest
 from .store import Corrupt, Store, StoreError
 from .tape import GROUPS, Recipe, load_session, save_session
 
@@ -188,7 +188,8 @@ def resume_command(argv) -> int:
     try:
         run = Run.resume(store, options.name, options.step)
     except Corrupt as e:
-        good = [c.step for c in store.checkpoints(options.name) if not any((options.name, c.step) in p.checkpoints for p in store.verify(options.name))]
+        damaged = {which for p in store.verify(options.name) for which in p.checkpoints}
+        good = [c.step for c in store.checkpoints(options.name) if (c.run, c.step) not in damaged]
         raise ValueError(f"{e}\n" + (f"the newest good one: adaptive-lab resume {_where(store)}{options.name} --step {max(good)}" if good else "no checkpoint of this run is whole")) from None
     if options.steps:
         run.recipe.knobs["run"].steps = options.steps
@@ -221,7 +222,7 @@ def replay_command(argv) -> int:
     if session.weights in (None, digest):
         print("identical to the recorded weights" if session.weights else "the session holds no digest to compare with")
         return 0
-    data = run.session().made_with["data"]
+    data = data_digest(run.data)
     why = "the data are not those of the recording" if (session.made_with or {}).get("data", data) != data else "on another machine or torch the last bits may differ"
     print(f"DIFFERENT from the recorded weights {session.weights}\nrecorded with {session.made_with}; {why}")
     return 1

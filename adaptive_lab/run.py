@@ -18,6 +18,7 @@ from . import __version__
 from .store import Store
 from .tape import Change, Recipe, RecipeError, Session, Tape, check_change, checked_tape
 from .training import Step, train
+from .tree import as_bytes
 
 # %% ../nbs/16_run.ipynb #0006
 def step_seed(seed: int, index: int) -> int:
@@ -173,14 +174,14 @@ def weights_digest(model) -> str:
     for name, t in model.state_dict().items():
         t = t.detach().cpu().contiguous()
         h.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy() if t.numel() else b"")
+        h.update(as_bytes(t))
     return h.hexdigest()
 
 def data_digest(data) -> str:
     "BLAKE3 of the held-out data and the first batch: tells when a file of one's own was replaced by another."
     h = blake3()
     for t in [*data.train[0], *(t for pair in data.tests.values() for t in pair)]:
-        h.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+        h.update(as_bytes(t.contiguous()))
     return h.hexdigest()[:16]
 
 # %% ../nbs/16_run.ipynb #0026

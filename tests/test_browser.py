@@ -30,6 +30,12 @@ def project(tmp_path_factory):
         yield folder, address, page
 
 
+def fresh_panel(page, address):
+    "The panel's notebook, open, its cell run anew."
+    open_notebook(page, address, "nbs/panel.ipynb")
+    run_all(page)
+
+
 def status(page):
     return page.locator(".al-panel .widget-html-content").first.inner_text()
 
@@ -65,8 +71,7 @@ def test_the_workbench_runs(project):
 
 def test_a_session_by_hand_replays_to_identical_weights(project, monkeypatch):
     folder, address, page = project
-    open_notebook(page, address, "nbs/panel.ipynb")
-    run_all(page)
+    fresh_panel(page, address)
     press(page, "Step n")
     wait_status(page, "step 100 of")
     wait_status(page, "paused")
@@ -111,8 +116,7 @@ def test_a_session_by_hand_replays_to_identical_weights(project, monkeypatch):
 def test_keys_typed_in_a_panel_never_reach_the_notebook(project):
     "a and b insert cells, dd deletes, arrows move, Enter edits: none of it from inside the panel."
     _, address, page = project
-    open_notebook(page, address, "nbs/panel.ipynb")
-    run_all(page)
+    fresh_panel(page, address)
     count = "() => document.querySelectorAll('.jp-Notebook .jp-Cell').length"
     cells = page.evaluate(count)
     spots = page.locator(".al-panel button:visible, .al-panel input:visible, .al-panel select:visible, .al-panel textarea:visible, .al-panel .noUi-handle:visible, .al-panel [contenteditable]:visible")
@@ -127,8 +131,7 @@ def test_keys_typed_in_a_panel_never_reach_the_notebook(project):
 
 def test_reset_and_refusal(project):
     _, address, page = project
-    open_notebook(page, address, "nbs/panel.ipynb")
-    run_all(page)
+    fresh_panel(page, address)
     python(page, "panel._turned('optimizer.lr', 5.0)")
     wait_status(page, "lr=5.0 is not allowed")
     press(page, "Reset")
@@ -142,8 +145,7 @@ def test_reset_and_refusal(project):
 
 def test_a_reopened_notebook_shows_its_last_picture(project):
     folder, address, page = project
-    open_notebook(page, address, "nbs/panel.ipynb")
-    run_all(page)
+    fresh_panel(page, address)
     press(page, "Step n")
     wait_status(page, "paused · step 100 of")
     page.wait_for_timeout(800)
@@ -162,8 +164,7 @@ def test_a_reopened_notebook_shows_its_last_picture(project):
 
 def test_a_failed_run_says_why(project):
     _, address, page = project
-    open_notebook(page, address, "nbs/panel.ipynb")
-    run_all(page)
+    fresh_panel(page, address)
     python(page, "panel.run.data.train._streams[0].X[:] = float('nan')")
     press(page, "Start")
     wait_status(page, "NonFiniteLoss")
@@ -172,8 +173,7 @@ def test_a_failed_run_says_why(project):
 
 def test_a_restarted_kernel_is_told(project):
     _, address, page = project
-    open_notebook(page, address, "nbs/panel.ipynb")
-    run_all(page)
+    fresh_panel(page, address)
     press(page, "Start")
     wait_status(page, "running")
     page.evaluate("() => { window.jupyterapp.shell.currentWidget.sessionContext.restartKernel() }")
