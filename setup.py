@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("lab", "dask", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("lab", "dask", "bench", "dev")}
 extras["dev"] += extras["lab"] + extras["dask"]
 
 readme = here / "README.md"
@@ -36,6 +36,9 @@ setup(
             "models = adaptive_lab.models",
             "optimizers = adaptive_lab.optimizers",
             "plasticity = adaptive_lab.plasticity",
+            "continual = adaptive_lab.continual",
+            "peers.continual = adaptive_lab.peers.continual",
+            "peers.regularizers = adaptive_lab.peers.regularizers",
         ],
     },
     zip_safe=False,

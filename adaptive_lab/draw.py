@@ -26,11 +26,17 @@ class SVG(str):
         Path(path).write_text('<?xml version="1.0" encoding="UTF-8"?>\n' + self, encoding="utf-8")
 
 # %% ../nbs/80_draw.ipynb #0006
-def picture(body: str, width: int, height: int, title: str) -> SVG:
-    "A picture `width` × `height` in CSS pixels with a title, which is read aloud as well."
-    name = escape(title, quote=True)
+def picture(
+    body: str,  # SVG elements, everything in them escaped
+    width: int,  # CSS pixels
+    height: int,
+    title: str,  # drawn, and read aloud
+    words: str = "",  # what the picture shows, for a reader who hears it
+) -> SVG:
+    "A picture with a title, which is read aloud as well, followed by what it shows in words."
+    name, told = escape(title, quote=True), escape(f"{title}. {words}" if words else title, quote=True)
     return SVG(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{name}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{told}" '
         f'style="max-width:100%;color:var(--jp-ui-font-color1,#222)" font-family="system-ui,sans-serif" font-size="11" fill="currentColor">'
         f'<text x="8" y="13" font-weight="600">{name}</text>{body}</svg>'
     )

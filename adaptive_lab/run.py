@@ -8,6 +8,7 @@ __all__ = ['step_seed', 'seeded', 'evaluate', 'Run', 'weights_digest', 'data_dig
 # %% ../nbs/16_run.ipynb #0003
 import threading
 from collections import deque
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Iterator
 
@@ -148,10 +149,14 @@ def steps(self) -> Iterator[Step]:
         self.position = step.position
         self.losses.append(step.loss)
         if self.index % self.knobs["run"].eval_every == 0 or self.index == end or self.index in self.boundaries:
-            step.metrics.update(evaluate(self.model, self.data.tests))
+            with getattr(self.optimizer, "slow_weights", nullcontext)():
+                step.metrics.update(evaluate(self.model, self.data.tests))
             self.evaluations.append(dict(step=self.index, **step.metrics))
+        if self.index in self.boundaries and not self.optimizer.param_groups[0].get("detect"):
+            getattr(self.optimizer, "consolidate", nullcontext)()
         yield step
 
+# %% ../nbs/16_run.ipynb #0020
 def advance(self, until: int | None = None) -> "Run":
     "Make steps up to index `until` (the recipe's end when None)."
     end = self.recipe["run.steps"]
@@ -164,10 +169,10 @@ def advance(self, until: int | None = None) -> "Run":
     feed.close()
     return self
 
-# %% ../nbs/16_run.ipynb #0020
+# %% ../nbs/16_run.ipynb #0021
 Run.waiting, Run.change, Run._apply, Run._take_changes, Run.steps, Run.advance = property(waiting), change, _apply, _take_changes, steps, advance
 
-# %% ../nbs/16_run.ipynb #0025
+# %% ../nbs/16_run.ipynb #0026
 def weights_digest(model) -> str:
     "BLAKE3 of all tensors of the model's state, with their names, types and shapes, in hexadecimal."
     h = blake3()
@@ -184,12 +189,12 @@ def data_digest(data) -> str:
         h.update(as_bytes(t.contiguous()))
     return h.hexdigest()[:16]
 
-# %% ../nbs/16_run.ipynb #0026
+# %% ../nbs/16_run.ipynb #0027
 def replay(recipe: Recipe, tape: Tape | None = None, until: int | None = None) -> Run:
     "Build the recipe and make its steps up to `until`, turning the knobs as the tape says."
     return Run(recipe, Tape(tape or ())).advance(until)
 
-# %% ../nbs/16_run.ipynb #0027
+# %% ../nbs/16_run.ipynb #0028
 def session(self) -> Session:
     "This run so far, as a record that can be saved, shown as code and replayed."
     made_with = dict(adaptive_lab=__version__, torch=torch.__version__, threads=torch.get_num_threads(), data=data_digest(self.data))
@@ -197,7 +202,7 @@ def session(self) -> Session:
 
 Run.session = session
 
-# %% ../nbs/16_run.ipynb #0032
+# %% ../nbs/16_run.ipynb #0033
 def save(self, store: Store, name: str):
     "Commit the run's present state to the store; returns the store's checkpoint. Raises `ArithmeticError` if a weight is not finite."
     if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
@@ -211,7 +216,7 @@ def save(self, store: Store, name: str):
     tape = [[c.step, c.knob, c.value] for c in self.tape]
     return store.save(name, self.index, state, metrics=metrics, recipe=self.recipe.to_dict(), tape=tape)
 
-# %% ../nbs/16_run.ipynb #0033
+# %% ../nbs/16_run.ipynb #0034
 def resume(store: Store, name: str, step: int | None = None) -> Run:
     "The run as it was when that checkpoint (the latest when `step` is None) was committed. Raises the store's errors."
     found = [c for c in store.checkpoints(name) if step in (None, c.step)]
@@ -229,7 +234,7 @@ def resume(store: Store, name: str, step: int | None = None) -> Run:
 
 Run.save, Run.resume = save, staticmethod(resume)
 
-# %% ../nbs/16_run.ipynb #0034
+# %% ../nbs/16_run.ipynb #0035
 def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]:
     "The run's steps, with a checkpoint committed every `every` steps and after the last one."
     for step in run.steps():
@@ -237,7 +242,7 @@ def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]
             run.save(store, name)
         yield step
 
-# %% ../nbs/16_run.ipynb #0037
+# %% ../nbs/16_run.ipynb #0038
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "Run a recipe (plain data) to its end with that seed: last loss, accuracies, and `forgetting` when there are tasks."
     recipe = Recipe.from_dict(recipe)

@@ -113,6 +113,32 @@ def test_a_session_by_hand_replays_to_identical_weights(project, monkeypatch):
     assert scope["run"].session().weights == session.weights
 
 
+def test_heat_maps_and_diagnosis_follow_the_training(project):
+    "The images decode in the page and change with the training; the diagnosis comes when the first task is forgotten."
+    _, address, page = project
+    fresh_panel(page, address)
+    decoded = """async () => { const found = [];
+      for (const i of document.querySelectorAll('.al-live image')) { const p = new Image(); p.src = i.getAttribute('href'); await p.decode(); found.push([p.width, p.height]); }
+      return found; }"""
+    heat = lambda: next(p for p in pictures(page) if "gates of each layer" in p)
+    n = page.locator(".al-panel input[type=number]").first
+    n.fill("590")
+    n.press("Enter")
+    press(page, "Step n")
+    wait_status(page, "paused · step 590 of")
+    page.wait_for_timeout(300)
+    before, sizes = heat(), page.evaluate(decoded)
+    assert "after step 590" in before and [64, 64] in sizes and [64, 10] in sizes and [8, 8] in sizes
+    assert page.locator(".al-advice").count() == 0
+    n.fill("110")
+    n.press("Enter")
+    press(page, "Step n")
+    wait_status(page, "paused · step 700 of")
+    page.wait_for_selector(".al-advice >> text=forgets the old tasks", timeout=10_000)
+    assert "increase plasticity_k (now 1)" in page.locator(".al-advice").inner_text()
+    assert heat() != before and "after step 700" in heat()
+
+
 def test_keys_typed_in_a_panel_never_reach_the_notebook(project):
     "a and b insert cells, dd deletes, arrows move, Enter edits: none of it from inside the panel."
     _, address, page = project

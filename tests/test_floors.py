@@ -10,8 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOOR = {m[2]: int(m[1]) for p in (ROOT / "nbs").glob("[0-9]*.ipynb") if (m := re.fullmatch(r"(\d+)_(.+)\.ipynb", p.name))}
 MECHANISMS, FACES = range(20, 70), 80  # floors
-PLAIN = {"knobs": ("torch",), "draw": ("torch", "widgets"), "spheres": ("torch", "widgets")}  # what these never import
-STANDS_ON = {("plasticity", "gates"), ("controller", "transformer"), ("bytropix", "transformer"), ("bytropix", "wubu")}
+PLAIN = {"knobs": ("torch",), "draw": ("torch", "widgets"), "heat": ("torch", "widgets"), "spheres": ("torch", "widgets")}  # what these never import
+PLASTIC = {("gated_lists", "gates"), *(("gated_adam", m) for m in ("gated_kernel", "gated_lists"))}
+PLASTIC |= {("consolidation", m) for m in ("gates", "gated_lists", "gated_adam", "coincidence", "novelty")}
+PLASTIC |= {("plasticity", m) for m in ("gates", "gated_lists", "gated_adam", "consolidation")}
+STANDS_ON = PLASTIC | {("controller", "transformer"), ("bytropix", "transformer"), ("bytropix", "wubu")}
 WIDGETS = ("ipywidgets", "anywidget", "IPython", "traitlets", "jupyterlab", "ipykernel")
 HEAVY = ("nbdev", "fastcore", "IPython", "ipywidgets", "jupyter_core", "jupyter_client", "matplotlib", "sklearn", "scipy", "accelerate", "distributed", "dask")
 
@@ -64,7 +67,13 @@ def test_imports_point_down(module):
     assert faults(module, source(module)) == []
 
 
-SMALL = {"knobs": 0, "training": 10, "plasticity": 22, "vwpr": 20, "transformer": 30, "controller.head": 32, "controller.loop": 34, "draw": 80, "panels": 86}
+def test_no_more_is_allowed_than_is_used():
+    used = {(m.split(".")[0], name.split(".")[1]) for m in FLOOR for name, _ in imports(ast.parse(source(m)), ".".join(["adaptive_lab", *m.split(".")[:-1]])) if name.count(".")}
+    rooms = {m.split(".")[0] for m in FLOOR}
+    assert {(a, b) for a, b in STANDS_ON if a in rooms} <= used
+
+
+SMALL = {"knobs": 0, "training": 10, "plasticity": 22, "vwpr": 20, "transformer": 30, "controller.head": 32, "controller.loop": 34, "draw": 80, "heat": 81, "panels": 86}
 
 
 @pytest.mark.parametrize(
@@ -73,6 +82,8 @@ SMALL = {"knobs": 0, "training": 10, "plasticity": 22, "vwpr": 20, "transformer"
         ("knobs", "import torch", "imports torch"),
         ("knobs", "from torch import nn", "imports torch"),
         ("draw", "def f():\n    import torch", "imports torch"),
+        ("heat", "import torch", "imports torch"),
+        ("heat", "import ipywidgets", "faces"),
         ("training", "from adaptive_lab.plasticity import gates", "not below"),
         ("training", "from adaptive_lab import plasticity", "not below"),
         ("training", "def f():\n    import adaptive_lab.draw", "not below"),
@@ -113,7 +124,7 @@ def heavy_after(*modules):
     return done.stdout.split()
 
 
-@pytest.mark.skipif("plasticity" not in FLOOR, reason="no nbs/22_plasticity.ipynb")
+@pytest.mark.skipif("plasticity" not in FLOOR, reason="no notebook of plasticity")
 def test_a_mechanism_alone_brings_little():
     assert heavy_after("plasticity") == []
 

@@ -1,13 +1,23 @@
 "Panels without a page: what a person does, from whichever thread the page's messages come."
 import asyncio
+import base64
 import math
+import re
 import threading
+from io import BytesIO
 
+import numpy as np
 import pytest
+import torch
 
+from adaptive_lab.heat import PALETTE, shades
+from adaptive_lab.knobs import Knobs, knob, walk
+from adaptive_lab.live import Live
+from adaptive_lab.panels import training
 from adaptive_lab.panels.controls import control, place, same
 from adaptive_lab.panels.training import TrainingPanel
-from adaptive_lab.knobs import Knobs, knob, walk
+from adaptive_lab.panels.views import VIEWS, eligibility_view, gate_blocks, heat_view, spared
+from adaptive_lab.plasticity import Plasticity
 from adaptive_lab.run import Run
 from adaptive_lab.tape import Recipe, load_session
 
@@ -24,7 +34,7 @@ def test_widget_events_of_another_thread_are_carried_home():
         panel = TrainingPanel(recipe())
         seen, turn = [], panel._turned
         panel._turned = lambda *a: (seen.append(threading.get_ident()), turn(*a))
-        panel.draw = lambda: seen.append(threading.get_ident())
+        panel.draw = lambda *leave: seen.append(threading.get_ident())
 
         def page():
             panel.controls["optimizer.plasticity_k"].value = 2.0
@@ -163,3 +173,117 @@ def test_a_reset_builds_beside_the_loop_and_a_failed_one_leaves_the_run(monkeypa
         assert panel.run.index == 25
 
     asyncio.run(main())
+
+
+def images(svg):
+    "The pictures in a picture, as (rows, columns, 3) of uint8, read by another library."
+    from matplotlib.image import imread
+
+    return [np.rint(imread(BytesIO(base64.b64decode(d)))[..., :3] * 255).astype(np.uint8) for d in re.findall("base64,([^\"]+)", svg)]
+
+
+def test_the_heat_maps_show_the_gates_of_the_weights():
+    live = Live(recipe(**{"optimizer.plasticity_k": 12.0, "model.hidden": 40, "model.depth": 1}))
+    assert "not known yet" in heat_view(live)
+    live.run.advance(80)
+    first, last, scale = images(heat_view(live))
+    gates = {n: b for n, (b, _) in gate_blocks(live.run)[1].items()}
+    assert first.shape == (40, 64, 3) and last.shape == (10, 40, 3)  # each weight a pixel
+    assert (first == PALETTE[shades(gates["1.weight"], 0, 1)]).all() and (last == PALETTE[shades(gates["3.weight"], 0, 1)]).all()
+    shut = (first.reshape(-1, 3) == PALETTE[0]).all(1).mean()
+    assert 0.05 < shut < 0.5 and abs(shut - (gates["1.weight"] < 1 / 600).mean()) < 0.01  # dark is protected
+    live.run.change({"optimizer.plasticity_k": 0.0})
+    live.run.advance(81)
+    assert (images(heat_view(live))[0] == PALETTE[254]).all() and "after step 81" in heat_view(live)
+
+
+def test_the_eligibility_lies_over_the_batch_it_was_made_of():
+    live = Live(recipe())
+    live.run.advance(30)
+    grey, mixed, _ = images(eligibility_view(live))
+    x = live.run.data.train[29][0].mean(0).reshape(8, 8).numpy()
+    assert grey.shape == mixed.shape == (8, 8, 3) and (np.argmax(grey[..., 0]) == np.argmax(x)) and (grey[..., 0] == grey[..., 1]).all()
+    e = live.run.optimizer.get_param_eligibility(next(live.run.model.parameters())).mean(0).reshape(8, 8)
+    green = mixed[..., 1] - 0.35 * grey[..., 1]  # what the scale adds; viridis grows in green all the way
+    assert abs(green / 0.65 - PALETTE[shades(e, 0, e.max().item()), 1]).max() < 2
+    assert e[0, 0] == 0 and (mixed[0, 0] == np.rint(0.65 * PALETTE[0])).all()  # a corner that is always black is never in use
+
+
+def test_a_large_network_is_not_looked_at_every_step():
+    class Shown:  # a run, as far as the probe knows
+        def __init__(self, weights):
+            self.model = torch.nn.Linear(weights, 1, bias=False)
+
+    asked = []
+    probe = spared(lambda run: asked.append(run.index) or run.index)
+    for weights, wanted in ((1000, list(range(50))), (10**6, [0, 20, 40])):
+        asked.clear()
+        run = Shown(weights)
+        for run.index in range(50):
+            probe(run)
+        assert asked == wanted
+    run.index = 3  # steps were taken back
+    assert probe(run) == 3
+
+
+def test_every_knob_turns_while_the_training_runs():
+    async def main():
+        panel = TrainingPanel(recipe(**{"run.steps": 10**6}))
+        panel.start()
+        await asyncio.sleep(0.1)
+        wanted = dict(lr=0.01, trace_decay=0.9, plasticity_k=2.0, threshold_percentile=50.0, warmup_steps=7, adaptive_threshold=False, eps=1e-6, floor=0.25)
+        others = [k for k in walk(Plasticity) if k.live and k.name not in wanted]
+        wanted |= {k.name: not k.default if k.type is bool else k.type(0.03) for k in others if not k.choices}
+        assert set(wanted) == {k.name for k in walk(Plasticity) if k.live and not k.choices}
+        for name, value in wanted.items():
+            panel.controls[f"optimizer.{name}"].value = value
+        at = panel.run.index
+        while panel.run.index <= at + 5:
+            await asyncio.sleep(0.01)
+        panel.pause()
+        await panel.live.rest()
+        group = panel.run.optimizer.param_groups[0]
+        assert {n: group[n] for n in wanted if not same(group[n], wanted[n])} == {}
+        assert {c.knob for c in panel.run.tape} == {f"optimizer.{name}" for name in wanted} and panel.live.error is None
+
+    asyncio.run(main())
+
+
+def test_the_diagnosis_comes_with_its_symptom_and_goes_with_it():
+    panel = TrainingPanel(recipe(**{"run.eval_every": 5}))
+    panel.run.advance(60)
+    panel.draw()
+    assert panel.advice.value == ""
+    panel.run.advance(110)
+    panel.draw()
+    assert "forgets the old tasks" in panel.advice.value and "task 0,1 fell" in panel.advice.value and "plasticity_k (now 5)" in panel.advice.value
+    panel._turned("optimizer.plasticity_k", 7.0)
+    assert "plasticity_k (now 7)" in panel.advice.value  # a knob that waits is named as if it held
+    panel.reset()
+    panel.draw()
+    assert panel.advice.value == ""
+
+
+def test_the_diagnosis_is_escaped_and_only_where_it_belongs(monkeypatch):
+    panel = TrainingPanel(recipe())
+    monkeypatch.setitem(training.ADVICE, "plasticity", lambda live: ["<img src=x onerror=alert(1)>"])
+    panel.draw()
+    assert "&lt;img" in panel.advice.value and "<img" not in panel.advice.value
+    other = TrainingPanel(Recipe("digits", "mlp", "adam", {"run.threads": 1}))
+    other.draw()
+    assert other.advice.value == "" and other.extra == []
+
+
+def test_a_failed_run_is_told_to_be_unstable():
+    panel = TrainingPanel(recipe())
+    panel.run.data.train._streams[0].X[:] = float("nan")
+    panel.live.start()
+    panel.live.wait()
+    panel.draw()
+    assert panel.live.state == "failed" and "its last loss was not finite" in panel.advice.value
+
+
+def test_pictures_of_a_wide_layer_are_small():
+    live = Live(recipe(**{"model.hidden": 784}))
+    live.run.advance(2)
+    assert all(len(view(live)) < 60_000 for view in VIEWS["plasticity"])

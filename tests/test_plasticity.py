@@ -72,7 +72,7 @@ def test_k_0_is_adam_bit_for_bit(dtype, foreach):
 
 def test_warmup_is_adam_and_the_next_step_is_not():
     a, b = net(), net()
-    mine, theirs = ours(a, warmup_steps=30), torch.optim.Adam(b.parameters(), betas=(0.9, 0.99))
+    mine, theirs = ours(a, warmup_steps=30, path="single"), torch.optim.Adam(b.parameters(), betas=(0.9, 0.99))
     feed(a, mine, 30), feed(b, theirs, 30)
     assert torch.equal(flat(a), flat(b))
     feed(a, mine, 1, start=30), feed(b, theirs, 1, start=30)
@@ -134,9 +134,10 @@ def test_floor_keeps_a_share_of_the_step():
 @given(st.integers(0, 10**6), st.floats(0, 20), st.floats(0, 1), st.floats(0, 1))
 def test_gates_stay_between_floor_and_1_and_fall_with_k(seed, k, threshold, floor):
     e, g = torch.rand(2, 50, generator=torch.Generator().manual_seed(seed))
-    gates = gate(e, g, k, threshold, floor)
+    above = (e > threshold).float()
+    gates = gate(e, g, k, above, floor)
     assert (gates >= min(floor, 1)).all() and (gates <= 1).all() and (gates[e <= threshold] == 1).all()
-    assert (gate(e, g, k + 1, threshold, floor) <= gates).all()
+    assert (gate(e, g, k + 1, above, floor) <= gates).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -179,7 +180,7 @@ def test_overflowed_second_moment_does_not_poison_weights():
 
 @pytest.mark.parametrize("k", walk(Plasticity), ids=lambda k: k.name)
 def test_a_knob_outside_its_range_is_refused_everywhere(k):
-    bad = "perhaps" if k.type is bool else (k.high if k.high_open else k.high + 1) if k.high is not None else k.low - 1
+    bad = "perhaps" if k.type in (bool, str) else (k.high if k.high_open else k.high + 1) if k.high is not None else k.low - 1
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     with pytest.raises(KnobError, match=k.name):
@@ -197,7 +198,7 @@ def test_names_and_defaults_are_as_documented():
     due = dict(lr=0.001, trace_decay=0.99, plasticity_k=5.0, threshold_percentile=75, warmup_steps=1000, adaptive_threshold=True, eps=1e-8)
     group = SelectivePlasticityOptimizer([nn.Parameter(torch.ones(1))]).param_groups[0]
     assert [k.name for k in walk(Plasticity)][:7] == list(due) and {n: group[n] for n in due} == due
-    assert all(k.live for k in walk(Plasticity))
+    assert all(k.live == (k.name != "path") for k in walk(Plasticity))
 
 
 def test_unknown_names_and_empty_lists_are_refused():
@@ -252,7 +253,7 @@ def test_trace_decay_rules_over_betas_and_momentum_is_the_first_beta():
 def test_a_threshold_that_is_not_adaptive_stays_and_follows_its_percentile():
     model = net()
     opt = ours(model, adaptive_threshold=False, warmup_steps=10)
-    kept = lambda: [s["threshold"].item() for s in opt.state.values()]
+    kept = lambda: [s["threshold"] for s in opt.state.values()]
     feed(model, opt, 11)
     first = kept()
     feed(model, opt, 20, start=11)
@@ -480,7 +481,7 @@ def test_diagnostics_and_sample_agree_with_the_step():
     found, sample = opt.get_diagnostics(), opt.sample_gates(10**6)
     gates = gates_from_sample(sample, 2.0)
     assert len(gates) == len(before) and abs(gates.mean() - found["gate_mean"]) < 1e-6
-    assert abs((gates < 1).mean() - found["share_protected"]) < 1e-6 and abs(np.quantile(gates, 0.05) - found["gate_percentiles"][5]) < 0.02
+    assert abs((gates < 1).mean() - found["share_protected"]) < 1e-6 and abs(np.quantile(gates, 0.05, method="hazen") - found["gate_percentiles"][5]) < 1e-6
     assert set(found["threshold"]) == set(sample["names"]) and sample["layer"].max() == 3
     again = gates_from_sample(sample, 2.0, 75)
     assert np.array_equal(gates, again)

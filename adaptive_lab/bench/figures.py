@@ -29,18 +29,21 @@ def seconds(f) -> float:
 # %% ../../nbs/93_bench.figures.ipynb #0006
 @dataclass
 class Figure:
-    "One measured number (None if it could not be measured); `bar` is the most it may be, None where it is only reported."
+    "One measured number (None if it could not be measured); `bar` is the most (or `at_least`) it may be, None where it is only reported."
 
     what: str
     value: float | None
     unit: str = ""
     bar: float | None = None
     note: str = ""
+    at_least: bool = False
 
     @property
     def holds(self) -> bool:
         "Is it within its bar?"
-        return self.bar is None or (self.value is not None and self.value <= self.bar)
+        if self.bar is None or self.value is None:
+            return self.bar is None
+        return self.value >= self.bar if self.at_least else self.value <= self.bar
 
 # %% ../../nbs/93_bench.figures.ipynb #0007
 @dataclass
@@ -49,6 +52,7 @@ class Report:
 
     name: str
     figures: list[Figure] = field(default_factory=list)
+    tables: dict[str, str] = field(default_factory=dict)  # title: Markdown, for what is more than a number
 
     @property
     def holds(self) -> bool:
@@ -57,12 +61,13 @@ class Report:
 
     def __str__(self):
         rows = [("", "figure", "measured", "bar")]
-        rows += [(" " if f.bar is None else "ok" if f.holds else "NO", f.what, f"{f.value:.4g} {f.unit}".strip() if f.value is not None else "–", "" if f.bar is None else f"≤ {f.bar:g} {f.unit}".strip()) for f in self.figures]
+        rows += [(" " if f.bar is None else "ok" if f.holds else "NO", f.what, f"{f.value:.4g} {f.unit}".strip() if f.value is not None else "–", "" if f.bar is None else f"{'≥' if f.at_least else '≤'} {f.bar:g} {f.unit}".strip()) for f in self.figures]
         wide = [max(len(r[i]) for r in rows) for i in range(4)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, wide)) for r in rows]
-        return "\n".join(line.rstrip() + (f"  ({f.note})" if f and f.note else "") for line, f in zip(lines, [None, *self.figures]))
+        shown = [line.rstrip() + (f"  ({f.note})" if f and f.note else "") for line, f in zip(lines, [None, *self.figures])]
+        return "\n".join([f"{title}\n\n{table}\n" for title, table in self.tables.items()] + shown)
 
     def to_dict(self) -> dict:
         "Plain data, with the machine and the date."
         made = dict(date=time.strftime("%Y-%m-%d"), machine=platform.machine(), cores=os.cpu_count(), python=platform.python_version())
-        return dict(name=self.name, made=made, holds=self.holds, figures=[dict(asdict(f), holds=f.holds) for f in self.figures])
+        return dict(name=self.name, made=made, holds=self.holds, tables=self.tables, figures=[dict(asdict(f), holds=f.holds) for f in self.figures])
