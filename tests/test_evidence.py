@@ -126,7 +126,7 @@ SCRIPT = """
 import sys
 from adaptive_lab.evidence import compare
 sys.path.insert(0, sys.argv[1])
-arms = {arm: dict(arm=arm, folder=sys.argv[2], seconds=.15) for arm in ("a", "b")}
+arms = {arm: dict(arm=arm, folder=sys.argv[2], seconds=.3) for arm in ("a", "b")}
 if __name__ == "__main__":
     try:
         print("RESULT", len(compare(arms, range(8), "measured:quick", cache=sys.argv[3], jobs=2).cells))

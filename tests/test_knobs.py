@@ -4,6 +4,7 @@ import math
 import pytest
 
 from adaptive_lab.cli import recipe_from_flags
+from adaptive_lab.continual import Protocol
 from adaptive_lab.knobs import KnobError, Knobs, table, walk
 from adaptive_lab.panels.controls import control
 from adaptive_lab.parts import parts
@@ -12,7 +13,9 @@ from adaptive_lab.training import Training
 
 GROUPS = {("run", None): RunKnobs, ("training", None): Training}
 GROUPS.update({(kind, name): p.knobs for kind in ("data", "model", "optimizer") for name, p in parts(kind).items()})
-KNOBS = [pytest.param(where, cls, k, id=f"{where[1] or where[0]}.{k.name}") for where, cls in GROUPS.items() for k in walk(cls)]
+RIVALS = {("protocol", None): Protocol, **{("learner", name): p.knobs for name, p in parts("learner").items()}}  # of comparisons, not of a recipe
+listed = lambda groups: [pytest.param(where, cls, k, id=f"{where[1] or where[0]}.{k.name}") for where, cls in groups.items() for k in walk(cls)]
+FLAGS, KNOBS = listed(GROUPS), listed(GROUPS | RIVALS)
 
 
 def test_every_class_of_knobs_is_reachable():
@@ -22,7 +25,7 @@ def test_every_class_of_knobs_is_reachable():
 
     declared = {c for c in below(Knobs) if c.__module__.startswith("adaptive_lab.") and walk(c)}
     bases = {c for c in declared if c.__subclasses__()}
-    assert declared - bases <= set(GROUPS.values())
+    assert declared - bases <= set(GROUPS.values()) | set(RIVALS.values())
     assert len(KNOBS) > 30
 
 
@@ -72,7 +75,7 @@ def another(k):
     return (k.default + k.high) / 2 if k.default < k.high else (k.default + k.low) / 2
 
 
-@pytest.mark.parametrize("where, cls, k", KNOBS)
+@pytest.mark.parametrize("where, cls, k", FLAGS)
 def test_flag(where, cls, k):
     group, part = where
     chosen = [f"--{group}", part] if part else []
@@ -87,7 +90,7 @@ def test_flag(where, cls, k):
     assert recipe[f"{group}.{k.name}"] == value
 
 
-@pytest.mark.parametrize("cls", GROUPS.values(), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", (GROUPS | RIVALS).values(), ids=lambda c: c.__name__)
 def test_table(cls):
     for k in walk(cls):
         assert f"`{k.name}`" in table(cls) and k.doc.replace("|", "\\|") in table(cls)
