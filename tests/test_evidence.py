@@ -123,8 +123,9 @@ def test_a_killed_worker_costs_only_its_own_cell(request, measures, tmp_path, wh
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from adaptive_lab.evidence import compare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with Ctrl-C ignored
 sys.path.insert(0, sys.argv[1])
 arms = {arm: dict(arm=arm, folder=sys.argv[2], seconds=.3) for arm in ("a", "b")}
 if __name__ == "__main__":
