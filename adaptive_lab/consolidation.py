@@ -92,7 +92,8 @@ def step(self, closure=None):
     "One update of all parameters that have a gradient; skipped and counted when a gradient is not finite."
     self._watch()
     loss = None if closure is None else torch.enable_grad()(closure)()
-    if self._move() if self.watched is None else self.watched.held(self._move, self._settings()):
+    move = lambda: step_groups(self.param_groups, self.state)
+    if move() if self.watched is None else self.watched.held(move, self._settings()):
         self._follow()
         self._look()
     return loss
@@ -102,13 +103,7 @@ def _settings(self):
     own = {id(p): (group["coincidence"], group["both"]) for group in self.param_groups for p in group["params"]}
     return lambda p: own.get(id(p), (0.0, False))
 
-def _move(self) -> bool:
-    "The gated step. Was it made?"
-    skipped = self.param_groups[0]["skipped_steps"]
-    step_groups(self.param_groups, self.state)
-    return skipped == self.param_groups[0]["skipped_steps"]
-
-ConsolidatingAdam.step, ConsolidatingAdam._settings, ConsolidatingAdam._move = step, _settings, _move
+ConsolidatingAdam.step, ConsolidatingAdam._settings = step, _settings
 
 # %% ../nbs/24_consolidation.ipynb #0017
 @torch.no_grad()

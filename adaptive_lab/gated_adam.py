@@ -206,19 +206,20 @@ def rule_of(group: dict, knobs: Plasticity) -> Rule:
     return Rule(*shown, k.adaptive_threshold)
 
 # %% ../nbs/23_gated_adam.ipynb #0026
-def step_groups(groups: list[dict], states: dict):
-    "Check everything, then update everything."
+def step_groups(groups: list[dict], states: dict) -> bool:
+    "Check everything, then update everything; False, and counted as skipped, if a gradient is not finite."
     work = [(group, knobs_of(group), moving(group)) for group in groups]
     asked = [asked_of(knobs) for _, knobs, _ in work]
     rows = [native_rows(pairs, states, a) for a, (*_, pairs) in zip(asked, work)]
     if len(groups) == 1 and rows[0] and settled(groups[0], work[0][1]):
-        groups[0]["skipped_steps"] += not step_native(rows[0], rule_of(*work[0][:2]), check=True)
-        return
+        made = step_native(rows[0], rule_of(*work[0][:2]), check=True)
+        groups[0]["skipped_steps"] += not made
+        return made
     rest = [(a, pairs) for r, a, (*_, pairs) in zip(rows, asked, work) if not r]
     if not (all(r.finite(kernel()[0]) for r in rows if r) and all(finite([g for _, g in ps], a in ("auto", "native")) for a, ps in rest)):
         for group in groups:
             group["skipped_steps"] += 1
-        return
+        return False
     for r, a, (group, knobs, pairs) in zip(rows, asked, work):
         changed = settle(group, knobs, states)
         if r and not changed:
@@ -226,6 +227,7 @@ def step_groups(groups: list[dict], states: dict):
         elif pairs:
             announce("selective plasticity steps by " + described(pairs[0][0], a))
             step_items([item(p, g, started(states[p], p)) for p, g in pairs], rule_of(group, knobs), a)
+    return True
 
 def started(state: dict, p: Tensor) -> dict:
     "The state of a parameter, begun if it is empty."

@@ -8,11 +8,10 @@ __all__ = ['RATES', 'ADAM', 'OURS', 'MEASURE', 'METRICS', 'JUDGED', 'TABLES', 'S
            'every_second', 'source', 'table', 'mean_of', 'best_of', 'help_figures', 'bench']
 
 # %% ../../nbs/97_bench.plasticity.ipynb #0002
-import os
 from itertools import product
-from pathlib import Path
 
 from .figures import Figure, Report
+from ..data.fetch import local_path
 from ..evidence import Comparison, compare
 
 # %% ../../nbs/97_bench.plasticity.ipynb #0005
@@ -147,8 +146,7 @@ def every_second(rows: dict) -> dict:
 
 def source() -> str:
     "MNIST where it is at hand, else the digits."
-    found = Path(os.environ.get("ADAPTIVE_LAB_DATA", "."), "mnist", "train-images-idx3-ubyte.gz")
-    return "mnist" if found.exists() else "digits"
+    return "mnist" if local_path("mnist/train-images-idx3-ubyte.gz").is_file() else "digits"
 
 # %% ../../nbs/97_bench.plasticity.ipynb #0025
 def table(name: str, quick: bool = False, **how) -> dict[str, tuple[Comparison, dict]]:
@@ -161,25 +159,20 @@ def table(name: str, quick: bool = False, **how) -> dict[str, tuple[Comparison, 
     rivals, ours = without_memory(), ours_alone()
     if name not in MASKED:
         rivals.pop("LwF")  # distils the outputs of old tasks, which are the present ones here
-    groups = {"no samples stored": (rivals | joint(), ours)}
+    groups = {"no samples stored": (rivals, ours), "all tasks at once": (joint(), {})}
     if name == "class-incremental":
         groups |= {f"{b} samples stored": (rivals_with_memory(b), ours_with_memory(b)) for b in ((200,) if quick else (200, 500))}
     elif not quick and name != "task told":
         groups["200 samples stored"] = rivals_with_memory(200), ours_with_memory(200)
-    done = {}
-    for title, (theirs, mine) in groups.items():
-        reference = {arm: theirs.pop(arm) for arm in ("joint",) if arm in theirs}
-        done[f"{name}, {data}: {title}"] = group(pick(theirs), pick(mine), base, seeds, tuning, **how)
-        if reference:
-            done[f"{name}, {data}: all tasks at once"] = group(pick(reference), {}, base, seeds, tuning, **how)
-    return done
+    run = lambda theirs, mine: group(pick(theirs), pick(mine), base, seeds, tuning, **how)
+    return {f"{name}, {data}: {title}": run(*rows) for title, rows in groups.items()}
 
 # %% ../../nbs/97_bench.plasticity.ipynb #0027
-def mean_of(done: dict, title: str, arm: str, metric: str = "accuracy") -> float | None:
-    "The mean of an arm in the group whose title ends so; None if it was not run."
+def mean_of(done: dict, title: str, arm: str) -> float | None:
+    "The mean accuracy of an arm in the group whose title ends so; None if it was not run."
     for name, (comparison, _) in done.items():
         if name.endswith(title) and arm in comparison.arms:
-            values = list(comparison.values(arm, metric).values())
+            values = list(comparison.values(arm, "accuracy").values())
             return sum(values) / len(values) if values else None
     return None
 

@@ -33,10 +33,19 @@ class Springs(Learner):
         self.stiffness.mul_(keep).add_(stiffness)
         self.pull.mul_(keep).addcmul_(stiffness, self.net.w)
 
-    def gradient(self, x, y, i):
-        super().gradient(x, y, i)
+    def move_anchors(self, stiffness: Tensor, keep: float = 1.0):
+        "Hang all springs at the present weights: the new ones, and this share of the stiffness of the old."
+        before = 0 if self.stiffness is None else self.stiffness * keep
+        self.hang(stiffness + before, keep=0)
+
+    def add_pull(self):
+        "Add the pull of the springs to the network's gradient."
         if self.stiffness is not None:
             self.net.grad.addcmul_(self.stiffness, self.net.w).sub_(self.pull)
+
+    def gradient(self, x, y, i):
+        super().gradient(x, y, i)
+        self.add_pull()
 
 # %% ../../nbs/77_peers.regularizers.ipynb #0010
 def task_logits(learner: Learner, k: int, X: Tensor) -> tuple[Tensor, range]:
@@ -103,8 +112,7 @@ class OnlineEWC(EWC):
     "Online elastic weight consolidation: one running Fisher information, anchored at the latest weights."
 
     def end_task(self, k, task):
-        before = 0 if self.stiffness is None else self.stiffness * self.knobs.gamma
-        self.hang(self.importance(k, task) + before, keep=0)
+        self.move_anchors(self.importance(k, task), self.knobs.gamma)
 
 # %% ../../nbs/77_peers.regularizers.ipynb #0020
 class SIKnobs(Knobs):
@@ -124,8 +132,7 @@ class SI(Springs):
     def gradient(self, x, y, i):
         Learner.gradient(self, x, y, i)
         self.loss_gradient.copy_(self.net.grad)
-        if self.stiffness is not None:
-            self.net.grad.addcmul_(self.stiffness, self.net.w).sub_(self.pull)
+        self.add_pull()
 
     def step(self, x, y, i):
         self.moved.copy_(self.net.w)
@@ -134,8 +141,7 @@ class SI(Springs):
 
     def end_task(self, k, task):
         omega = self.work.clamp(min=0) / ((self.net.w - self.start).square_() + self.knobs.xi)
-        before = 0 if self.stiffness is None else self.stiffness
-        self.hang(2 * self.knobs.c * omega + before, keep=0)
+        self.move_anchors(2 * self.knobs.c * omega)
 
 # %% ../../nbs/77_peers.regularizers.ipynb #0024
 class MASKnobs(Knobs):
@@ -160,8 +166,7 @@ class MAS(Springs):
 
     def end_task(self, k, task):
         rows = some_rows(self, k, len(task.y), self.knobs.samples)
-        before = 0 if self.stiffness is None else self.stiffness
-        self.hang(2 * self.knobs.lam * output_sensitivity(self, k, task.X[rows]) + before, keep=0)
+        self.move_anchors(2 * self.knobs.lam * output_sensitivity(self, k, task.X[rows]))
 
 # %% ../../nbs/77_peers.regularizers.ipynb #0027
 class LwFKnobs(Knobs):
