@@ -43,7 +43,7 @@ HEAD = """
 #define TINY_double DBL_MIN
 typedef uint32_t BITS_float;
 typedef uint64_t BITS_double;
-enum { ABOUT = 1024, RUN = 8, UNIT = 64, AHEAD = 1024, CHUNK = 1 << 14 };
+enum { ABOUT = 1024, RUN = 16, UNIT = 64, AHEAD = 1024, CHUNK = 1 << 14 };
 """
 
 # %% ../nbs/21_gated_kernel.ipynb #0006

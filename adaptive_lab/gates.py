@@ -47,7 +47,7 @@ def typical(x: Tensor) -> Tensor:  # a vector, values ≥ 0 -> a tensor without 
     return no_zeros.nanmedian().nan_to_num_(0.0, inf, inf).clamp_(min=torch.finfo(x.dtype).tiny)
 
 # %% ../nbs/21_gates.ipynb #0028
-SAMPLE, FEW, RUN = 4096, 1024, 8  # about so many elements are looked at for a picture; at each step, in runs of so many
+SAMPLE, FEW, RUN = 4096, 1024, 16  # about so many elements are looked at for a picture; at each step, in runs of so many
 
 @lru_cache(4096)
 def _stride(size: int, about: int) -> int:
