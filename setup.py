@@ -39,6 +39,7 @@ setup(
             "continual = adaptive_lab.continual",
             "peers.continual = adaptive_lab.peers.continual",
             "peers.regularizers = adaptive_lab.peers.regularizers",
+            "peers.projections = adaptive_lab.peers.projections",
         ],
     },
     zip_safe=False,

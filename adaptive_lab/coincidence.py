@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rows_of', 'Side', 'direction_gates', 'turned', 'mean_over_processes', 'Layer', 'fold_layer', 'turn', 'hold',
-           'share_held', 'Hook', 'layers_of', 'Coincidence', 'fold', 'held', 'nbytes', 'state_dict', 'check_state',
-           'load_state_dict']
+           'gates_of', 'share_held', 'Hook', 'layers_of', 'Coincidence', 'fold', 'held', 'nbytes', 'state_dict',
+           'check_state', 'load_state_dict']
 
 # %% ../nbs/20_coincidence.ipynb #0002
 import torch
@@ -43,14 +43,21 @@ class Side:
 
 # %% ../nbs/20_coincidence.ipynb #0012
 def direction_gates(values_a: Tensor, values_g: Tensor, strength: float) -> Tensor:
-    "gate = 1 / (1 + c·λa·λg) for every pair of directions, (out, in), in (0, 1]."
-    return 1 / (1 + strength * values_g.clamp(min=0)[:, None] * values_a.clamp(min=0)[None])
+    "gate = 1 / (1 + c·λa·max(λg, 1)) for every pair of directions, (out, in), in (0, 1]."
+    return 1 / (1 + strength * values_g.clamp(min=1)[:, None] * values_a.clamp(min=0)[None])
 
-def turned(delta: Tensor, basis_a: Tensor, basis_g: Tensor | None, gates: Tensor) -> Tensor:
-    "A change of weights (out, in), each direction times its gate; what `basis_a` lacks is free; no `basis_g`: outputs are directions."
-    inner = delta if basis_g is None else basis_g.T @ delta
-    taken = ((1 - gates) * (inner @ basis_a)) @ basis_a.T
-    return delta - (taken if basis_g is None else basis_g @ taken)
+def turned(
+    delta: Tensor,  # (out, in) a change of weights
+    basis_a: Tensor,  # (in, in) directions of the input, in columns
+    shared: Tensor,  # (in, in) what multiplies it from the right, P
+    basis_g: Tensor,  # (out, few) directions of the output with gates of their own
+    less: Tensor,  # (few, in) those gates less the shared ones
+) -> Tensor:  # (out, in)
+    "A change of weights, each of its directions times its gate."
+    out = delta @ shared
+    if basis_g.shape[1]:
+        out += basis_g @ ((less * (basis_g.T @ delta @ basis_a)) @ basis_a.T)
+    return out
 
 # %% ../nbs/20_coincidence.ipynb #0015
 def mean_over_processes(x: Tensor) -> Tensor:
@@ -73,7 +80,7 @@ class Layer:
     def forget_directions(self):
         "They will be found anew."
         self.values_a = self.basis_a = self.values_g = self.basis_g = None
-        self.used = self.gates = self.closed = self.made_with = None
+        self.shared = self.strong = self.less = self.made_with = None
 
     def saw(self, a: Tensor, d: Tensor):
         "An activation and the gradient that came back for it."
@@ -105,27 +112,36 @@ def turn(self: Layer, bias: bool, strength: float, both: bool):
         a, g = (side.kept.to(self.layer.weight.device) for side in (self.a, self.g))
         self.values_a, self.basis_a = torch.linalg.eigh(a[:n, :n])
         self.values_g, self.basis_g = torch.linalg.eigh(g)
-        self.used, self.made_with = (g.diagonal() > 1e-6 * g.diagonal().max()).float(), None
+        self.made_with = None
     if self.made_with != (strength, both):
-        self.gates = direction_gates(self.values_a, self.values_g if both else self.used, strength)
+        strong = self.values_g > 1 if both else torch.zeros_like(self.values_g, dtype=torch.bool)
+        gates = lambda values_g: direction_gates(self.values_a, values_g, strength)
+        alone = gates(self.values_g.new_ones(1))
+        self.shared = (self.basis_a * alone) @ self.basis_a.T
+        self.strong, self.less = self.basis_g[:, strong], gates(self.values_g[strong]) - alone
         self.made_with = strength, both
-        closed = (self.gates < 0.99).any(0)  # the others are left as they are, which saves their time
-        self.closed = self.basis_a[:, closed].contiguous(), self.gates[:, closed]
 
 @torch.no_grad()
 def hold(self: Layer, params: list[Tensor], before: list[Tensor], strength: float, both: bool):
     "Gate what was done to the layer's weight, or weight and bias, since they were `before`."
     self.turn(len(params) == 2, strength, both)
     delta = torch.cat([(p - q).reshape(len(p), -1).float() for p, q in zip(params, before)], 1)
-    parts = turned(delta, self.closed[0], self.basis_g if both else None, self.closed[1]).split([q[0].numel() for q in before], 1)
+    parts = turned(delta, self.basis_a, self.shared, self.strong, self.less).split([q[0].numel() for q in before], 1)
     for p, q, part in zip(params, before, parts):
         p.copy_(q + part.reshape(p.shape))
 
+def gates_of(self: Layer) -> Tensor:  # (out, in)
+    "The gate of every pair of directions, as of the last step; ones before the first step of the second task."
+    if self.made_with is None:
+        return torch.ones(self.out, self.into)
+    strength, both = self.made_with
+    return direction_gates(self.values_a, self.values_g if both else torch.ones_like(self.values_g), strength)
+
 def share_held(self: Layer) -> float:
     "The mean of 1 − gate over all directions; 0 before the first step of the second task."
-    return 0.0 if self.gates is None else 1 - self.gates.mean().item()
+    return 1 - self.gates().mean().item()
 
-Layer.turn, Layer.hold, Layer.share_held = turn, hold, share_held
+Layer.turn, Layer.hold, Layer.gates, Layer.share_held = turn, hold, gates_of, share_held
 
 # %% ../nbs/20_coincidence.ipynb #0023
 class Hook:
@@ -202,7 +218,7 @@ def held(self: Coincidence, step, settings) -> bool:
 
 def nbytes(self: Coincidence) -> int:
     "Bytes that the memory of directions takes."
-    of = lambda x: (x.a.now, x.a.kept, x.g.now, x.g.kept, x.values_a, x.basis_a, x.values_g, x.basis_g, x.used, x.gates, *(x.closed or ()))
+    of = lambda x: (x.a.now, x.a.kept, x.g.now, x.g.kept, x.values_a, x.basis_a, x.values_g, x.basis_g, x.shared, x.strong, x.less)
     return sum(t.numel() * t.element_size() for x in self.layers for t in of(x) if t is not None)
 
 Coincidence.fold, Coincidence.held, Coincidence.nbytes = fold, held, nbytes

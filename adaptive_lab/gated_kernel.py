@@ -122,11 +122,11 @@ static inline __attribute__((always_inline)) int unit_REAL(REAL *restrict p, con
     for (int i = 0; i < n; i++) {
         REAL mi = lerp_REAL(m[i], g[i], s.grow, s.ends), vi = square_REAL(v[i], g[i], &s);
         REAL e = quotient_REAL(SQRT_REAL(vi), &s), over = s.alpha * mi, under = e + s.eps;
-        protects += gated ? e > s.top : 0;
-        if (gated > 1) {
+        if (gated) {
             REAL x = e * s.e_one, y = FABS_REAL(g[i]) * s.g_one;
             x = x < LARGE_REAL ? x : LARGE_REAL, y = y < LARGE_REAL ? y : LARGE_REAL;
             int above = e > s.top;
+            protects += above;
             REAL one = 1 + (keeps ? y : x), other = keeps ? x * RCP_REAL(1 + x) : x;
             if (keeps) other = other > kept[i] ? other : kept[i], above |= kept[i] > s.top_hat;
             REAL D = keeps ? one : FMA_REAL(one, y, one), left = FMA_REAL(-s.k, other, D), least = s.floor * D;
@@ -158,8 +158,7 @@ static inline __attribute__((always_inline)) int64_t run_REAL(const Row *r, int6
 static int64_t chunk_REAL(const Row *r, int64_t from, const Now_REAL *s, int gated) {
     int64_t to = from + CHUNK < r->n ? from + CHUNK : r->n;
     if (!gated) return run_REAL(r, from, to, *s, 0, 0);
-    if (s->k == 0) return run_REAL(r, from, to, *s, 1, 0);  // counted, so that the threshold stays calibrated
-    return r->kept ? run_REAL(r, from, to, *s, 2, 1) : run_REAL(r, from, to, *s, 2, 0);
+    return r->kept ? run_REAL(r, from, to, *s, 1, 1) : run_REAL(r, from, to, *s, 1, 0);
 }
 """
 
@@ -230,7 +229,7 @@ int gated_finite(const Row *rows, int64_t count, int threads) {
 }
 static void prepare(const Row *r, const Knobs *k, Number *number, Work *w) {
     if (r->wide) begin_double(r, k, &w->now.wide); else begin_float(r, k, &w->now.narrow);
-    w->gated = *(float *)r->step > k->warmup;
+    w->gated = k->k > 0 && *(float *)r->step > k->warmup;
     if (w->gated) w->sampled = r->wide ? marks_double(r, k, number, &w->now.wide) : marks_float(r, k, number, &w->now.narrow);
 }
 """

@@ -33,6 +33,10 @@ class Rule(NamedTuple):
     warmup: int = 0  # steps of plain Adam
     adaptive: bool = True  # find the threshold anew at each step
 
+    def gated(self, steps: float) -> bool:
+        "Do gates act at this step?"
+        return self.k > 0 and steps > self.warmup
+
 # %% ../nbs/22_gated_lists.ipynb #0007
 def real(x: Tensor) -> Tensor:
     "A complex tensor as pairs of real numbers; a real one as it is."
@@ -77,7 +81,7 @@ def update(x: Item, rule: Rule):
     steps, m = float(x.state["step"]), x.m
     moments(x.g, m, x.v, rule.beta1, rule.beta2)
     e = eligibility(x.v, steps, rule.beta2)
-    if steps > rule.warmup:
+    if rule.gated(steps):
         found = marks(e, x.g, rule.percentile, x.state.get("threshold"), x.state.get("calibration", 0.0))
         note(x.state, found, (e > found.top).sum(), e.numel(), rule)
         m = tensor_gates(e, x.g, found, rule.k, rule.floor, x.kept).mul_(m)
@@ -184,7 +188,7 @@ def prepared(items: list[Item], rule: Rule) -> dict[bool, tuple[list[Item], list
     torch._foreach_add_([x.state["step"] for x in items], 1.0)
     for x in items:
         steps = float(x.state["step"])
-        gated = steps > rule.warmup
+        gated = rule.gated(steps)
         numbers = (1 - rule.beta2**steps) ** 0.5, -rule.lr / (1 - rule.beta1**steps), marks_ahead(x, steps, rule) if gated else None
         out[gated][0].append(x)
         out[gated][1].append(numbers)

@@ -9,6 +9,7 @@ from torch import nn
 import adaptive_lab.parts
 import adaptive_lab.peers.continual  # noqa: F401 (registers learners)
 import adaptive_lab.peers.regularizers  # noqa: F401
+import adaptive_lab.peers.projections  # noqa: F401
 from adaptive_lab.continual import Learner, Plain, Protocol, course, measure, prepared, read_recipe, run, steps_of, tiny_is_zero, train, transfer
 from adaptive_lab.evidence import compare
 from adaptive_lab.knobs import KnobError, Knobs, knob
@@ -28,7 +29,7 @@ def own_parts(monkeypatch):
 
 
 def test_the_methods_asked_for_are_there():
-    assert set(LEARNERS) >= {"finetune", "joint", "ewc", "online_ewc", "si", "mas", "lwf", *REPLAY}
+    assert set(LEARNERS) >= {"finetune", "joint", "ewc", "online_ewc", "si", "mas", "lwf", "owm", "gpm", *REPLAY}
 
 
 @pytest.mark.parametrize("method", LEARNERS)
@@ -252,7 +253,7 @@ def test_the_average_is_tested_and_not_trained():
     assert np.array_equal(plain.R[0], averaged.R[0]) and not np.array_equal(plain.R[1:], averaged.R[1:])
 
 
-@pytest.mark.parametrize("method", ["ewc", "online_ewc", "si", "mas", "lwf"])
+@pytest.mark.parametrize("method", ["ewc", "online_ewc", "si", "mas", "lwf", "owm", "gpm"])
 def test_a_method_that_needs_boundaries_refuses_to_go_without(method):
     with pytest.raises(ValueError, match="told when a task ends"):
         run({"method": method, "boundaries": False, **SHORT}, 0)
