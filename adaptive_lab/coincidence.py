@@ -130,6 +130,9 @@ def hold(self: Layer, params: list[Tensor], before: list[Tensor], strength: floa
     for p, q, part in zip(params, before, parts):
         p.copy_(q + part.reshape(p.shape))
 
+Layer.turn, Layer.hold = turn, hold
+
+# %% ../nbs/20_coincidence.ipynb #0021
 def gates_of(self: Layer) -> Tensor:  # (out, in)
     "The gate of every pair of directions, as of the last step; ones before the first step of the second task."
     if self.made_with is None:
@@ -141,9 +144,9 @@ def share_held(self: Layer) -> float:
     "The mean of 1 − gate over all directions; 0 before the first step of the second task."
     return 1 - self.gates().mean().item()
 
-Layer.turn, Layer.hold, Layer.gates, Layer.share_held = turn, hold, gates_of, share_held
+Layer.gates, Layer.share_held = gates_of, share_held
 
-# %% ../nbs/20_coincidence.ipynb #0023
+# %% ../nbs/20_coincidence.ipynb #0024
 class Hook:
     "A hook of a module that does nothing in a copy of the module."
 
@@ -157,7 +160,7 @@ class Hook:
     def __reduce__(self):
         return Hook, ()
 
-# %% ../nbs/20_coincidence.ipynb #0024
+# %% ../nbs/20_coincidence.ipynb #0025
 def layers_of(model: nn.Module) -> list[Layer]:
     "The layers to watch: linear ones, and convolutions with zeros around and one group, that learn. Raises `ValueError` if there is none."
     plain = lambda m: m.groups == 1 and m.padding_mode == "zeros" and not isinstance(m.padding, str)
@@ -167,7 +170,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
         raise ValueError(f"model={type(model).__name__} has no nn.Linear and no plain nn.Conv2d that learns: nothing can be attached")
     return [Layer(name.removeprefix("module."), m) for name, m in found.items()]  # module.: wrapped for several processes
 
-# %% ../nbs/20_coincidence.ipynb #0025
+# %% ../nbs/20_coincidence.ipynb #0026
 class Coincidence:
     "Watches the linear and convolutional layers of a model. Raises `ValueError` when there is none."
 
@@ -199,7 +202,7 @@ class Coincidence:
         for h in self.hooks:
             h.remove()
 
-# %% ../nbs/20_coincidence.ipynb #0026
+# %% ../nbs/20_coincidence.ipynb #0027
 def fold(self: Coincidence):
     "A task has ended: hold what it used from now on. A task of which nothing was seen is not counted."
     self.tasks += any([x.fold() for x in self.layers])
@@ -223,7 +226,7 @@ def nbytes(self: Coincidence) -> int:
 
 Coincidence.fold, Coincidence.held, Coincidence.nbytes = fold, held, nbytes
 
-# %% ../nbs/20_coincidence.ipynb #0032
+# %% ../nbs/20_coincidence.ipynb #0033
 def state_dict(self: Coincidence) -> dict:
     "What was seen and kept, as tensors and numbers."
     side = lambda s: dict(size=s.size, now=s.now, seen=s.seen, kept=s.kept)

@@ -159,7 +159,10 @@ CURES = {  # symptom -> what to try when gates act, when plasticity_k is 0, and 
     "does not learn the new task": (["decrease plasticity_k", "increase lr"], ["increase lr"], ["increase lr"]),
     "forgets the old tasks": (["increase plasticity_k", "increase trace_decay"], ["increase plasticity_k"], ["decrease warmup_steps"]),
 }
-ATTACHED = {"forgets the old tasks": ["increase coincidence"]}  # the same, at all times, when a model is attached
+ATTACHED = {  # the same, at all times, when a model is attached
+    "forgets the old tasks": ["increase coincidence"],
+    "does not learn the new task": ["decrease coincidence"],
+}
 ENOUGH = {"lr": 0.1, "coincidence": 1000.0}  # no higher by our advice
 
 def cures(symptom: str, knobs: Knobs, step: int, attached: bool = False) -> list[str]:
