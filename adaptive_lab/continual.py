@@ -316,7 +316,7 @@ def run(recipe: dict, seed: int) -> Outcome:
     ends = np.cumsum([0, *steps_of(knobs, course.tasks)]).tolist()
     tables = [accuracies(net, course)]
     for k, task in enumerate(course.tasks):
-        with tiny_is_zero():
+        with one_thread(), tiny_is_zero():  # which holds in this thread alone
             _task(learner, k, range(ends[k], ends[k + 1]), knobs.boundaries, averaged and averaged.update)
         net.check()
         with slow():
@@ -336,8 +336,7 @@ def _task(learner: Learner, k: int, steps: range, told: bool, after):
 # %% ../nbs/75_continual.ipynb #0047
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "accuracy, forgetting, backward_transfer and forward_transfer of a recipe, in percent; masked_accuracy if class-incremental."
-    with one_thread():
-        out = run(recipe, seed)
+    out = run(recipe, seed)
     found = transfer(out.R)
     if out.learner.course.setting == "class-incremental":
         found["masked_accuracy"] = float(out.masked[-1].mean())
