@@ -133,8 +133,8 @@ TABLES = {
     "class-incremental": dict(setting="class-incremental"),
     "domain-incremental": dict(setting="domain-incremental"),
     "task told": dict(setting="task-incremental", hidden=400, batch=128, steps_per_task=300),
-    "permuted": dict(scenario="permuted", setting="domain-incremental", steps_per_task=1000),
-    "rotated": dict(scenario="rotated", setting="domain-incremental", degrees=180.0, steps_per_task=1000),
+    "permuted": dict(scenario="permuted", setting="domain-incremental", steps_per_task=500),
+    "rotated": dict(scenario="rotated", setting="domain-incremental", degrees=180.0, steps_per_task=500),
 }
 SEEDS, TUNING = 10, 2  # on the test data, and to choose by
 LONG = ("permuted", "rotated")  # five seeds; every second candidate of a row is tried, with one
