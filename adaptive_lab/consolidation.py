@@ -45,7 +45,10 @@ class ConsolidatingAdam(GatedAdam):
     every: int = 10
 
     def attach(self, model: nn.Module, every: int = 10):
-        "Watch the layers of a model, one step in `every`, while `coincidence` or `detect` is on. Raises `ValueError` if it cannot."
+        """Watch the layers of a model, one step in `every`, while `coincidence` or `detect` is on; what was watched before is forgotten.
+        Raises `ValueError` if it cannot."""
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model={model!r} is not allowed: an nn.Module, whose parameters this optimizer was given")
         watched = self._watching(model, every) if self._asked() else None
         self.detach()
         self.model, self.every, self.watched, self.novelty = model, every, watched, watched and Novelty()
@@ -179,6 +182,8 @@ ConsolidatingAdam.extra_bytes, ConsolidatingAdam.state_dict = extra_bytes, state
 def load_state_dict(self, state_dict: dict):
     "Go on from a state of this optimizer or of Adam, and the directions in it. Raises `ValueError`, changing nothing, if it does not fit."
     remembered, watched = "watched" in state_dict, self.watched
+    if remembered and "novelty" not in state_dict:
+        raise ValueError("the state has 'watched' and no 'novelty': load what state_dict() gave")
     if remembered and self.model is None:
         raise ValueError("the state remembers the directions of a model: call attach(model) before load_state_dict")
     if remembered and watched is None:

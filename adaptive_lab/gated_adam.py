@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'KNOBS', 'RECORDS', 'OTHERS', 'Plasticity', 'checked', 'knobs_of', 'settled', 'settle', 'default_path',
-           'asked_of', 'path_of', 'described', 'finite', 'moving', 'checked_state', 'completed', 'GatedAdam', 'rule_of',
-           'step_groups', 'started', 'native_rows', 'step_native', 'step_items']
+           'asked_of', 'path_of', 'described', 'finite', 'moving', 'check_shapes', 'checked_state', 'completed',
+           'GatedAdam', 'rule_of', 'step_groups', 'started', 'native_rows', 'step_native', 'step_items']
 
 # %% ../nbs/23_gated_adam.ipynb #0003
 import sys
@@ -144,20 +144,31 @@ def moving(group: dict) -> list[tuple[Tensor, Tensor]]:
     return found
 
 # %% ../nbs/23_gated_adam.ipynb #0021
+def check_shapes(state: dict, p: Tensor):
+    "Raises `ValueError` when an array in a state is not of the shape of its parameter."
+    for name in ("exp_avg", "exp_avg_sq", "kept", "average"):
+        array = state.get(name, p)
+        if not isinstance(array, Tensor) or array.shape != p.shape:
+            came = f"shape {tuple(array.shape)}" if isinstance(array, Tensor) else f"the value {array!r}"
+            raise ValueError(f"{name} has {came} where the parameter has shape {tuple(p.shape)}: a state belongs to the model it was made with")
+
 def checked_state(saved: dict, p: Tensor) -> dict:
     "The saved state of one tensor, copied. Raises `ValueError` when it is not Adam's or of another shape."
     if lacks := [n for n in ("step", "exp_avg", "exp_avg_sq") if n not in saved]:
         raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} has no {lacks[0]!r}: load one of this optimizer or of Adam")
-    for name in ("exp_avg", "exp_avg_sq"):
-        if saved[name].shape != p.shape:
-            came, due = tuple(saved[name].shape), tuple(p.shape)
-            raise ValueError(f"{name} has shape {came} where the parameter has {due}: load it into the model it was saved with")
+    check_shapes(saved, p)
+    for name in ("step", "calibration", "threshold"):
+        value = torch.as_tensor(saved.get(name, 0.0)) if isinstance(saved.get(name, 0.0), (int, float, Tensor)) else torch.tensor(float("nan"))
+        if value.numel() != 1 or not value.isfinite() or (name == "step" and value < 0):
+            raise ValueError(f"{name}={saved[name]!r} in the state of a parameter of shape {tuple(p.shape)} is not a number that it can be")
     copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in saved.items()}
     return copied | dict(step=torch.as_tensor(copied["step"], dtype=torch.float32, device="cpu"))
 
 # %% ../nbs/23_gated_adam.ipynb #0022
 def completed(saved: dict, groups: list[dict]) -> dict:
     "A state dict of this optimizer or of Adam, checked against the present groups; what it lacks is filled in."
+    if lacks := [n for n in ("state", "param_groups") if n not in saved]:
+        raise ValueError(f"the state dict has no {lacks[0]!r}: load what state_dict() of this optimizer or of Adam gave")
     if len(saved["param_groups"]) != len(groups):
         raise ValueError(f"the state has {len(saved['param_groups'])} parameter groups, the optimizer {len(groups)}: make them equal first")
     states, filled = dict(saved["state"]), []
@@ -216,6 +227,8 @@ def step_groups(groups: list[dict], states: dict) -> bool:
         groups[0]["skipped_steps"] += not made
         return made
     rest = [(a, pairs) for r, a, (*_, pairs) in zip(rows, asked, work) if not r]
+    for p, _ in (pair for _, pairs in rest for pair in pairs):
+        check_shapes(states.get(p, {}), p)
     if not (all(r.finite(kernel()[0]) for r in rows if r) and all(finite([g for _, g in ps], a in ("auto", "native")) for a, ps in rest)):
         for group in groups:
             group["skipped_steps"] += 1

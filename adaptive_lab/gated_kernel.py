@@ -292,12 +292,12 @@ def kernel() -> tuple[ctypes.CDLL | None, str]:
 
 # %% ../nbs/21_gated_kernel.ipynb #0024
 def fits(p, *more) -> bool:
-    "Can the kernel work on these tensors: on the processor, dense, of one real dtype it knows?"
-    kind = p.dtype
+    "Can the kernel work on these tensors: on the processor, dense, of one size and one real dtype it knows?"
+    kind, n = p.dtype, p.numel()
     if kind is not torch.float32 and kind is not torch.float64 or not (p.is_cpu and p.is_contiguous()):
         return False
     for t in more:
-        if t is not None and (t.dtype is not kind or not t.is_cpu or not t.is_contiguous()):
+        if t is not None and (t.dtype is not kind or t.numel() != n or not t.is_cpu or not t.is_contiguous()):
             return False
     return True
 

@@ -114,9 +114,9 @@ class SelectivePlasticityOptimizer(ConsolidatingAdam):
 
     def get_diagnostics(self) -> dict:
         """step_count, skipped_steps, path (the form of the step, and why), lr, eligibility_mean, gate_mean, gate_percentiles,
-        share_protected, threshold, extra_bytes, tasks (consolidated), share_held (of directions)."""
+        share_protected, threshold, extra_bytes, tasks (whose directions are kept), share_held (of directions, by layer)."""
         watched = self.watched
-        held = {} if watched is None else {x.name: x.share_held() for x in watched.layers}
+        held = {} if watched is None else watched.shares_held(self._settings())
         more = dict(extra_bytes=self.extra_bytes(), tasks=watched.tasks if watched else 0, share_held=held)
         return diagnose(self.param_groups, self.state) | more
 

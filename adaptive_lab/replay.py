@@ -218,6 +218,9 @@ def _load_state_dict(self, state: dict):
             raise ValueError(f"state is of a buffer with {name}={state[name]!r}, this one has {getattr(self, name)!r}: build it alike")
     fresh = type(self)(self.capacity, policy=self.policy)
     fresh.key_rng.bit_generator.state, fresh.draw_rng.bit_generator.state = state["rng"]["keys"], state["rng"]["draws"]
+    rows = {name: len(c) for name, c in state["columns"].items()}
+    if len(state["keys"]) and (not {"x", "y"} <= set(rows) or set(rows.values()) != {len(state["keys"])}):
+        raise ValueError(f"state has columns of these rows: {rows}, for {len(state['keys'])} keys: give what state_dict returned")
     if len(state["keys"]):
         batch = fresh._columns(state["columns"])
         fresh._store(batch, *fresh.admit(state["keys"].numpy().copy(), fresh.numbers(batch["y"])))

@@ -114,18 +114,21 @@ def most_forgotten(h: History) -> tuple[str, float, float]:
 WINDOW = 25  # losses that make a level
 RECENT, BACK = 200, 1000  # steps in which jumps count; steps that are looked at
 
-def levels(h: History) -> tuple[np.ndarray, np.ndarray]:
-    "Of the present task's last steps: losses, and the median of the 25 before each; the first stands for those before it."
+def levels(h: History) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Of the present task's last steps: losses, median of the 25 before each, median distance from it; the first stands for those before."
     start = max(task_now(h)[1], h.step - BACK)
     x = np.asarray(h.losses[start : h.step], float)
     before = np.concatenate([np.full(WINDOW, x[0] if len(x) else 0), x])
-    return x, np.median(np.lib.stride_tricks.sliding_window_view(before, WINDOW), 1)[: len(x)]
+    windows = np.lib.stride_tricks.sliding_window_view(before, WINDOW)[: len(x)]
+    level = np.median(windows, 1)
+    return x, level, np.median(np.abs(windows - level[:, None]), 1)
 
 def unrest(h: History) -> tuple[np.ndarray, np.ndarray]:
     "Of each of these steps: jumps among the last 200, and the rise of the level in units of ln C."
-    x, level = levels(h)
+    x, level, spread = levels(h)
     unit = math.log(max(2, h.classes))
-    jumps = np.cumsum(x > level + unit)
+    fresh = WINDOW if task_now(h)[1] else 0  # a later task begins with losses that scatter, and no level yet
+    jumps = np.cumsum((x > level + np.maximum(unit, 6 * spread)) & (np.arange(len(x)) >= fresh))
     jumps[RECENT:] -= jumps[:-RECENT].copy()
     settled = level[WINDOW:]
     rise = (settled - np.minimum.accumulate(settled)) / unit
@@ -162,6 +165,7 @@ CURES = {  # symptom -> what to try when gates act, when plasticity_k is 0, and 
 ATTACHED = {  # the same, at all times, when a model is attached
     "forgets the old tasks": ["increase coincidence"],
     "does not learn the new task": ["decrease coincidence"],
+    "is unstable": ["decrease coincidence"],
 }
 ENOUGH = {"lr": 0.1, "coincidence": 1000.0}  # no higher by our advice
 

@@ -137,8 +137,8 @@ def test_a_skipped_step_moves_nothing_that_is_remembered(bad):
         model[0].weight[0] = -0.0
     before, watched = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt.watched.state_dict())
     weights, steps = bits(model.parameters()), opt.novelty.steps
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
+    opt.zero_grad()
+    (1e4 * model(inputs(model, 1)).square().sum()).backward()  # the hooks see it
     model[2].bias.grad[1] = bad
     opt.step()
     after, still = opt.state_dict(), opt.watched.state_dict()
@@ -148,6 +148,26 @@ def test_a_skipped_step_moves_nothing_that_is_remembered(bad):
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(after["state"][i][n])) for n, v in state.items())
     for name, layer in watched["layers"].items():
         assert all(torch.equal(layer[s][n], still["layers"][name][s][n]) for s in "ag" for n in ("now", "kept"))
+        assert all(layer[s]["seen"] == still["layers"][name][s]["seen"] > 0 for s in "ag")
+    assert watched["steps"] == still["steps"]
+    seen = opt.watched.layers[0].a.seen
+    feed(model, opt, 1, 1)
+    assert opt.watched.layers[0].a.seen == seen + 1  # the skipped batch is not among what is summed up later
+
+
+def test_the_share_held_is_told_at_any_time():
+    model = linear()
+    opt = ours(model, **STRONG)
+    share = lambda: opt.get_diagnostics()["share_held"]["0"]
+    feed(model, opt)
+    assert share() == 0
+    opt.consolidate()
+    held = share()
+    assert held > 0.1
+    feed(model, opt, 1)
+    assert abs(share() - held) < 1e-5
+    opt.param_groups[0]["coincidence"] = 0.0
+    assert share() == 0
 
 
 # kept eligibility
@@ -303,7 +323,7 @@ def test_an_active_input_is_held_and_more_firmly_where_errors_were():
             layer.weight.add_(1)
         watched.hold([layer.weight], [before], 1.0, both)
         assert torch.allclose(layer.weight - before, torch.tensor(gates), atol=1e-5)
-        assert abs(watched.share_held() - (1 - torch.tensor(gates).mean().item())) < 1e-5
+        assert abs((1 - watched.gates().mean().item()) - (1 - torch.tensor(gates).mean().item())) < 1e-5
 
 
 def test_input_and_output_of_any_rank():
@@ -336,7 +356,7 @@ def test_only_a_pass_that_is_trained_on_leaves_a_mark():
         model(x)
     assert opt.watched.nbytes() == 0 and all(side.seen == 0 for layer in opt.watched.layers for side in (layer.a, layer.g))
     model(x).sum().backward()
-    assert all(side.seen == 1 for layer in opt.watched.layers for side in (layer.a, layer.g))
+    assert all(side.new_seen == 1 for layer in opt.watched.layers for side in (layer.a, layer.g))
 
 
 def test_one_step_in_ten_is_looked_at_and_all_its_passes():

@@ -99,7 +99,7 @@ for name, knobs in KNOBS.items():
     found = dict(equal=all(torch.equal(a, mine) for a in all_of_them), sum=mine.double().sum().item(), tasks=tasks)
     if tasks:
         kept = opt.watched.layers[0].a.kept
-        found.update(names=[x.name for x in opt.watched.layers], kept=kept.diagonal().tolist(), held=opt.watched.layers[0].share_held())
+        found.update(names=[x.name for x in opt.watched.layers], kept=kept.diagonal().tolist(), held=opt.get_diagnostics()["share_held"][opt.watched.layers[0].name])
     out[name] = found
 json.dump(out, open(sys.argv[1] + str(rank), "w"))
 dist.destroy_process_group()
@@ -352,3 +352,40 @@ def test_a_rate_that_is_a_tensor_and_decoupled_decay():
     assert torch.allclose(flat(a), flat(b), atol=1e-6)
     with pytest.raises(ValueError, match="weight_decay=0.01 is not supported"):
         mine.load_state_dict(torch.optim.AdamW(net().parameters()).state_dict())
+
+
+# arrays of another size
+
+
+@pytest.mark.parametrize("path", ["auto", "fused", "foreach", "single"])
+@pytest.mark.parametrize("size", [3, 5000])
+def test_a_parameter_that_was_resized_is_refused_before_anything_moves(path, size):
+    first, grown = nn.Parameter(torch.zeros(7)), nn.Parameter(torch.zeros(50))
+    opt = SelectivePlasticityOptimizer([first, grown], warmup_steps=0, path=path)
+    for p in (first, grown):
+        p.grad = torch.ones_like(p)
+    opt.step()
+    before = first.detach().clone()
+    grown.grad = None
+    grown.data = torch.zeros(size)
+    grown.grad = torch.ones(size)
+    with pytest.raises(ValueError, match=rf"exp_avg has shape \(50,\) where the parameter has shape \({size},\)"):
+        opt.step()
+    assert torch.equal(first, before) and opt.state[first]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("kept", torch.zeros(3)), ("kept", torch.tensor(0.5)), ("average", torch.zeros(3)), ("exp_avg", None), ("step", float("nan")), ("step", -5), ("threshold", "x"), ("calibration", float("nan"))],
+)
+def test_a_state_with_a_wrong_value_is_refused_and_changes_nothing(name, value):
+    p = nn.Parameter(torch.zeros(5))
+    opt = SelectivePlasticityOptimizer([p], warmup_steps=0)
+    p.grad = torch.ones(5)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0][name] = value
+    opt.step()
+    with pytest.raises(ValueError, match=name):
+        opt.load_state_dict(saved)
+    assert opt.state[p]["step"] == 2

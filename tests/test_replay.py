@@ -207,6 +207,8 @@ def test_a_refused_state_changes_nothing():
     refused(lambda: buffer.load_state_dict(fed(6, [0] * 9, [3]).state_dict()), "capacity=6")
     refused(lambda: buffer.load_state_dict({k: v for k, v in other.items() if k != "rng"}), "rng")
     refused(lambda: buffer.load_state_dict({**other, "columns": {**other["columns"], "y": torch.zeros(3)}}), "rows")
+    refused(lambda: buffer.load_state_dict({**other, "columns": {"y": other["columns"]["y"]}}), "rows")
+    refused(lambda: buffer.load_state_dict({**other, "keys": other["keys"][:-1]}), "rows")
     assert str(buffer.state_dict()) == before
 
 

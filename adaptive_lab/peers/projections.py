@@ -56,7 +56,7 @@ class OWM(Projected):
 class GPMKnobs(Knobs):
     "Gradient projection memory."
 
-    energy: float = knob(0.95, "share of the squared length of inputs that is closed, ε", gt=0, lt=1)
+    energy: float = knob(0.95, "share of the squared length of inputs that is closed, ε", gt=0, le=0.9999)
     samples: int = knob(300, "samples of the task that directions are found from", ge=1, le=100_000, span=(50, 2000), live=False)
 
 def widened(M: Tensor, R: Tensor, energy: float) -> Tensor:  # (inputs, closed), (n, inputs) -> (inputs, closed + more)
