@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'ELEMENTWISE', 'Protocol', 'Course', 'course', 'rows_of', 'steps_of', 'order_of', 'Plain', 'Learner',
-           'read_recipe', 'OneVector', 'Descent', 'build_optimizer', 'build_network', 'train', 'accuracies', 'transfer',
-           'Averaged', 'tiny_is_zero', 'Outcome', 'prepared', 'run', 'measure']
+           'some_rows', 'read_recipe', 'OneVector', 'Descent', 'build_optimizer', 'build_network', 'train',
+           'accuracies', 'transfer', 'Averaged', 'tiny_is_zero', 'Outcome', 'prepared', 'run', 'measure']
 
 # %% ../nbs/75_continual.ipynb #0003
 from contextlib import contextmanager, nullcontext
@@ -160,7 +160,13 @@ class Learner:
 
     begin_task = end_task = lambda self, k, task: None  # task `k` begins; task `k` has ended
 
-# %% ../nbs/75_continual.ipynb #0019
+# %% ../nbs/75_continual.ipynb #0018
+def some_rows(learner: Learner, k: int, n: int, samples: int) -> Tensor:
+    "Which samples of a task a method looks at when it has ended; 0: all."
+    many = min(samples, n) if samples else n
+    return torch.from_numpy(seeded(learner.seed, "importance", k).permutation(n)[:many])
+
+# %% ../nbs/75_continual.ipynb #0020
 def read_recipe(recipe: dict) -> tuple[Protocol, dict, dict]:
     "A recipe as its protocol, the values of the learner and those of the optimizer. Raises `KnobError` on unknown keys."
     given = lambda kind: {k: recipe[k] for k in recipe if k in {w.name for w in walk(kind)}}
@@ -174,7 +180,7 @@ def read_recipe(recipe: dict) -> tuple[Protocol, dict, dict]:
     values = [kind(**given(kind)) for kind in kinds[1:]]
     return knobs, *(v.model_dump() for v in values)
 
-# %% ../nbs/75_continual.ipynb #0022
+# %% ../nbs/75_continual.ipynb #0023
 ELEMENTWISE = ("sgd", "adam")
 
 @dataclass
@@ -205,7 +211,7 @@ def build_optimizer(name: str, values: dict, net: Network) -> torch.optim.Optimi
     net.look()
     return optimizer
 
-# %% ../nbs/75_continual.ipynb #0023
+# %% ../nbs/75_continual.ipynb #0024
 def build_network(knobs: Protocol, inputs: int, classes: int, seed: int) -> Network:
     "The perceptron of a protocol; the same from the same seed."
     with torch.random.fork_rng(devices=[]):
@@ -217,7 +223,7 @@ def build_network(knobs: Protocol, inputs: int, classes: int, seed: int) -> Netw
                 nn.init.zeros_(m.bias)
     return Network(model)
 
-# %% ../nbs/75_continual.ipynb #0024
+# %% ../nbs/75_continual.ipynb #0025
 def train(learner: Learner, steps: range, after=None):
     "Make these steps of the plan; `after`, if given, is called after each."
     X, y, rows, step = learner.course.X, learner.course.y, learner.rows, learner.step
@@ -226,7 +232,7 @@ def train(learner: Learner, steps: range, after=None):
         if after:
             after()
 
-# %% ../nbs/75_continual.ipynb #0029
+# %% ../nbs/75_continual.ipynb #0030
 def accuracies(net: Network, course: Course) -> tuple[list[float], list[float]]:
     "Accuracy on each task, in percent: with the outputs of the setting, and with those of the task alone."
     z = net.forward(course.X_test)
@@ -234,7 +240,7 @@ def accuracies(net: Network, course: Course) -> tuple[list[float], list[float]]:
     read = lambda z: [100 * part.double().mean().item() for part in (z.argmax(1) == course.y_test).split(course.sizes)]
     return read(masked if course.told is not None else z), read(masked)
 
-# %% ../nbs/75_continual.ipynb #0032
+# %% ../nbs/75_continual.ipynb #0033
 def transfer(
     R,  # (T + 1, T) accuracies; row 0 is before training
 ) -> dict[str, float]:
@@ -249,7 +255,7 @@ def transfer(
         found["forward_transfer"] = (ahead - R[0, 1:]).mean()
     return {name: float(v) for name, v in found.items()}
 
-# %% ../nbs/75_continual.ipynb #0036
+# %% ../nbs/75_continual.ipynb #0037
 class Averaged:
     "A moving average of a network's weights."
 
@@ -271,7 +277,7 @@ class Averaged:
         finally:
             self.net.w.copy_(own)
 
-# %% ../nbs/75_continual.ipynb #0039
+# %% ../nbs/75_continual.ipynb #0040
 @contextmanager
 def tiny_is_zero():
     "Floating-point numbers too small for full precision (denormals) are zero inside."
@@ -282,7 +288,7 @@ def tiny_is_zero():
     finally:
         torch.set_flush_denormal(before)
 
-# %% ../nbs/75_continual.ipynb #0041
+# %% ../nbs/75_continual.ipynb #0042
 @dataclass
 class Outcome:
     "What a run has found."
@@ -306,9 +312,10 @@ def prepared(recipe: dict, seed: int) -> tuple[Protocol, Learner]:
     learner.plan(order_of(knobs, made, seed, learner.joint))
     return knobs, learner
 
-# %% ../nbs/75_continual.ipynb #0042
+# %% ../nbs/75_continual.ipynb #0043
+@one_thread()  # the only one in which tiny is zero
 def run(recipe: dict, seed: int) -> Outcome:
-    "Train through all tasks, and test before the first and after each."
+    "Train through all tasks in one thread, and test before the first and after each."
     knobs, learner = prepared(recipe, seed)
     net, course = learner.net, learner.course
     averaged = Averaged(net, knobs.average) if knobs.average else None
@@ -316,7 +323,7 @@ def run(recipe: dict, seed: int) -> Outcome:
     ends = np.cumsum([0, *steps_of(knobs, course.tasks)]).tolist()
     tables = [accuracies(net, course)]
     for k, task in enumerate(course.tasks):
-        with one_thread(), tiny_is_zero():  # which holds in this thread alone
+        with tiny_is_zero():
             _task(learner, k, range(ends[k], ends[k + 1]), knobs.boundaries, averaged and averaged.update)
         net.check()
         with slow():
@@ -333,7 +340,7 @@ def _task(learner: Learner, k: int, steps: range, told: bool, after):
         learner.end_task(k, learner.course.tasks[k])
         getattr(learner.optimizer, "consolidate", nullcontext)()
 
-# %% ../nbs/75_continual.ipynb #0047
+# %% ../nbs/75_continual.ipynb #0048
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "accuracy, forgetting, backward_transfer and forward_transfer of a recipe, in percent; masked_accuracy if class-incremental."
     out = run(recipe, seed)

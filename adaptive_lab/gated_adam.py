@@ -11,6 +11,7 @@ __all__ = ['PATHS', 'KNOBS', 'RECORDS', 'OTHERS', 'Plasticity', 'checked', 'knob
 import sys
 from functools import lru_cache
 from importlib.util import find_spec
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -158,9 +159,10 @@ def checked_state(saved: dict, p: Tensor) -> dict:
         raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} has no {lacks[0]!r}: load one of this optimizer or of Adam")
     check_shapes(saved, p)
     for name in ("step", "calibration", "threshold"):
-        value = torch.as_tensor(saved.get(name, 0.0)) if isinstance(saved.get(name, 0.0), (int, float, Tensor)) else torch.tensor(float("nan"))
-        if value.numel() != 1 or not value.isfinite() or (name == "step" and value < 0):
-            raise ValueError(f"{name}={saved[name]!r} in the state of a parameter of shape {tuple(p.shape)} is not a number that it can be")
+        value = saved.get(name, 0)
+        number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+        if not number or not isfinite(value) or (name == "step" and value < 0):
+            raise ValueError(f"{name}={value!r} in the state of a parameter of shape {tuple(p.shape)} is not a number that it can be")
     copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in saved.items()}
     return copied | dict(step=torch.as_tensor(copied["step"], dtype=torch.float32, device="cpu"))
 

@@ -9,8 +9,7 @@ __all__ = ['layer_inputs', 'Projected', 'OWMKnobs', 'OWM', 'GPMKnobs', 'widened'
 import torch
 from torch import Tensor
 
-from ..continual import Learner
-from ..data.streams import seeded
+from ..continual import Learner, some_rows
 from ..knobs import Knobs, knob
 from ..parts import part
 
@@ -73,7 +72,7 @@ class GPM(Projected):
     "Gradient projection memory: gradients lose what lies along the main directions of earlier inputs."
 
     def end_task(self, k, task):
-        rows = torch.from_numpy(seeded(self.seed, "importance", k).permutation(len(task.X))[: self.knobs.samples])
+        rows = some_rows(self, k, len(task.X), self.knobs.samples)
         inputs = layer_inputs(self, task.X[rows])
         before = getattr(self, "closed", [R.new_zeros(R.shape[1], 0) for R in inputs])
         self.closed = [widened(M, R, self.knobs.energy) for M, R in zip(before, inputs)]
