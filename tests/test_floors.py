@@ -14,7 +14,10 @@ PLAIN = {"knobs": ("torch",), "draw": ("torch", "widgets"), "heat": ("torch", "w
 PLASTIC = {("gated_lists", "gates"), *(("gated_adam", m) for m in ("gated_kernel", "gated_lists"))}
 PLASTIC |= {("consolidation", m) for m in ("gates", "gated_lists", "gated_adam", "coincidence", "novelty")}
 PLASTIC |= {("plasticity", m) for m in ("gates", "gated_lists", "gated_adam", "consolidation")}
-STANDS_ON = PLASTIC | {("controller", "transformer"), ("bytropix", "transformer"), ("bytropix", "wubu")}
+VALUED = {("value_pictures", "value_history"), ("value_stream", "error_signals"), ("value_stream", "value_weights"), ("forward_values", "value_stream"), ("forward_values", "value_weights")}
+VALUED |= {("value_kinds", m) for m in ("error_signals", "value_stream", "forward_values")}
+VALUED |= {("vwpr", m) for m in ("error_signals", "value_history", "value_kinds", "value_pictures", "value_stream")}
+STANDS_ON = PLASTIC | VALUED | {("controller", "transformer"), ("bytropix", "transformer"), ("bytropix", "wubu")}
 WIDGETS = ("ipywidgets", "anywidget", "IPython", "traitlets", "jupyterlab", "ipykernel")
 HEAVY = ("nbdev", "fastcore", "IPython", "ipywidgets", "jupyter_core", "jupyter_client", "matplotlib", "sklearn", "scipy", "accelerate", "distributed", "dask")
 
