@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'load_measure', 'measure_name', 'canonical', 'sources', 'code_version', 'device_kind', 'cell_identity',
-           'Kept', 'checked', 'one_thread', 'seed_globals', 'run_cell']
+           'Kept', 'checked', 'one_thread', 'tiny_is_zero', 'seed_globals', 'run_cell']
 
 # %% ../nbs/71_cells.ipynb #0003
 import hashlib
@@ -172,6 +172,19 @@ def one_thread():
             torch.set_num_threads(threads)
 
 # %% ../nbs/71_cells.ipynb #0031
+@contextmanager
+def tiny_is_zero():
+    "Floating-point numbers too small for full precision (denormals) are zero inside."
+    import torch
+
+    before = bool(torch.tensor(1e-39) * 1 == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+# %% ../nbs/71_cells.ipynb #0034
 def seed_globals(seed: int):
     "Seed the global generators of Python, numpy and torch."
     import numpy
@@ -181,7 +194,7 @@ def seed_globals(seed: int):
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed % 2**64)
 
-# %% ../nbs/71_cells.ipynb #0034
+# %% ../nbs/71_cells.ipynb #0037
 _held: dict[str, str] = {}  # a worker's code versions, taken at its first cell: what it imported, not what was edited since
 
 def run_cell(measure: str, recipe: dict, seed: int, code: str) -> dict:

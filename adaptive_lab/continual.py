@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'ELEMENTWISE', 'Protocol', 'Course', 'course', 'rows_of', 'steps_of', 'order_of', 'Plain', 'Learner',
            'some_rows', 'read_recipe', 'OneVector', 'Descent', 'build_optimizer', 'build_network', 'train',
-           'accuracies', 'transfer', 'Averaged', 'tiny_is_zero', 'Outcome', 'prepared', 'run', 'measure']
+           'accuracies', 'transfer', 'Averaged', 'Outcome', 'prepared', 'run', 'measure']
 
 # %% ../nbs/75_continual.ipynb #0003
 from contextlib import contextmanager, nullcontext
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .cells import one_thread
+from .cells import one_thread, tiny_is_zero
 from .data.digits import digit_arrays, hold_out, permuted_tasks, rotated_tasks, split_tasks
 from .data.streams import Task, seeded
-from .knobs import KnobError, Knobs, knob, walk
+from .knobs import Knobs, dealt, knob
 from .models import perceptron
 from .network import Network, softmax_gradient
 from .parts import find_part, part
@@ -169,15 +169,9 @@ def some_rows(learner: Learner, k: int, n: int, samples: int) -> Tensor:
 # %% ../nbs/75_continual.ipynb #0020
 def read_recipe(recipe: dict) -> tuple[Protocol, dict, dict]:
     "A recipe as its protocol, the values of the learner and those of the optimizer. Raises `KnobError` on unknown keys."
-    given = lambda kind: {k: recipe[k] for k in recipe if k in {w.name for w in walk(kind)}}
-    knobs = Protocol(**given(Protocol))
-    kinds = [Protocol, find_part("learner", knobs.method).knobs, find_part("optimizer", knobs.optimizer).knobs]
-    names = [k.name for kind in kinds for k in walk(kind)]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise KnobError(f"{twice[0]!r} is declared twice among {', '.join(k.__name__ for k in kinds)}: rename one of them")
-    if unknown := sorted(set(recipe) - set(names)):
-        raise KnobError(f"unknown knob {unknown[0]!r}: {knobs.method!r} with {knobs.optimizer!r} has {', '.join(names)}")
-    values = [kind(**given(kind)) for kind in kinds[1:]]
+    told = Protocol(**{name: recipe[name] for name in ("method", "optimizer") if name in recipe})
+    kinds = find_part("learner", told.method).knobs, find_part("optimizer", told.optimizer).knobs
+    knobs, *values = dealt(recipe, Protocol, *kinds)
     return knobs, *(v.model_dump() for v in values)
 
 # %% ../nbs/75_continual.ipynb #0023
@@ -278,17 +272,6 @@ class Averaged:
             self.net.w.copy_(own)
 
 # %% ../nbs/75_continual.ipynb #0040
-@contextmanager
-def tiny_is_zero():
-    "Floating-point numbers too small for full precision (denormals) are zero inside."
-    before = bool(torch.tensor(1e-39) * 1 == 0)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-# %% ../nbs/75_continual.ipynb #0042
 @dataclass
 class Outcome:
     "What a run has found."
@@ -312,7 +295,7 @@ def prepared(recipe: dict, seed: int) -> tuple[Protocol, Learner]:
     learner.plan(order_of(knobs, made, seed, learner.joint))
     return knobs, learner
 
-# %% ../nbs/75_continual.ipynb #0043
+# %% ../nbs/75_continual.ipynb #0041
 @one_thread()  # the only one in which tiny is zero
 def run(recipe: dict, seed: int) -> Outcome:
     "Train through all tasks in one thread, and test before the first and after each."
@@ -340,7 +323,7 @@ def _task(learner: Learner, k: int, steps: range, told: bool, after):
         learner.end_task(k, learner.course.tasks[k])
         getattr(learner.optimizer, "consolidate", nullcontext)()
 
-# %% ../nbs/75_continual.ipynb #0048
+# %% ../nbs/75_continual.ipynb #0046
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "accuracy, forgetting, backward_transfer and forward_transfer of a recipe, in percent; masked_accuracy if class-incremental."
     out = run(recipe, seed)

@@ -28,7 +28,7 @@ def gradient_size(g: Tensor, granularity: Granularity) -> Tensor:  # (number of 
     if granularity == "tensor":
         return g.abs().mean(dtype=_wide(g)).reshape(1)
     if granularity == "unit" and g.ndim:
-        return torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
+        return torch.linalg.vector_norm(g if g.ndim == 2 else g.reshape(len(g), -1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
     return g.abs().flatten().to(_wide(g))
 
 def _wide(g: Tensor) -> torch.dtype:

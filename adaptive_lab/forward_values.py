@@ -24,6 +24,7 @@ class FeatureValues(Values):
         super().__init__({"features": (features,)}, like)
         self.decay = decay  # of the running mean of the signal
         self.register_buffer("mean", torch.zeros_like(self.raw))
+        self.register_buffer("size", self.raw.new_zeros(2))  # sum over steps of the mean |u|, and the number of steps
         self._leaves = []  # the values as they were used since the last step, for autograd
 
     def scale(self, x: Tensor, training: bool) -> Tensor:  # (batch, ...) with as many numbers a sample as there are features
@@ -47,7 +48,8 @@ def _feature_signal(self, scale: float = 1.0) -> Tensor:  # (features,)
     if spread():
         dist.all_reduce(u)
     self.mean.lerp_(u, 1 - self.decay)
-    size = self.mean.abs().mean()
+    self.size += torch.stack([u.abs().mean(), torch.ones_like(self.size[0])])
+    size = self.size[0] / self.size[1]
     return torch.where(size > 0, self.mean / size, torch.zeros_like(u))
 
 FeatureValues.signal = _feature_signal
@@ -61,33 +63,43 @@ class OutputValues(Values):
         outputs: int,
         like: Tensor,
         strength: float = 1.0,  # τ; 0: no margin
-        decay: float = 0.98,  # of the running mean of an output's probability
+        decay: float = 0.99,  # of the running mean of what is asked of an output
     ):
         super().__init__({"outputs": (outputs,)}, like)
         self.strength, self.decay = strength, decay
-        self.register_buffer("spoken", torch.full_like(self.raw, 1 / outputs))
+        self.register_buffer("asked", torch.full_like(self.raw, 1 / outputs))
+        self.register_buffer("seen", self.raw.new_ones(()))  # batches in the mean; the start counts as one
+        self._now = []  # (said, error) since the last step, each (outputs,)
 
     def adjust(self, logits: Tensor) -> Tensor:  # (..., outputs), in training
         "The logits with margins. Raises `ValueError` on another number of outputs."
         if logits.shape[-1] != len(self.raw):
             raise ValueError(f"the model's output is {tuple(logits.shape)} and there are values for {len(self.raw)} outputs: give outputs={logits.shape[-1]}")
         adjusted = logits - (self.strength * self.phi.log()).to(logits.dtype)
-        with torch.no_grad():
-            self._now = adjusted.float().softmax(-1).reshape(-1, len(self.raw)).mean(0).to(self.raw)
+        if adjusted.requires_grad:
+            said = adjusted.detach().float().softmax(-1).reshape(-1, len(self.raw)).mean(0).to(self.raw)
+            adjusted.register_hook(lambda g: self._now.append((said, g.detach().reshape(-1, len(self.raw)).sum(0).to(self.raw))))
         return adjusted
 
-    @torch.no_grad()
-    def signal(self) -> Tensor:  # (outputs,)
-        "How much rarer each output is than its value says, after taking in the last batch."
-        now = self.__dict__.pop("_now", None)
-        if now is not None:
-            if spread():
-                dist.all_reduce(now)
-                now /= dist.get_world_size()
-            self.spoken.lerp_(now, 1 - self.decay)
-        return -(len(self.raw) * self.spoken).clamp(min=1e-6).log() - self.phi.log()
+# %% ../nbs/25_forward_values.ipynb #0012
+@torch.no_grad()
+def _output_signal(self, scale: float = 1.0) -> Tensor:  # (outputs,)
+    "How much rarer each output is than its value says, after taking in the batches since the last call; `scale` is what the loss was multiplied by."
+    now, self._now = self._now, []
+    if now:
+        said, error = (torch.stack(x) for x in zip(*now))
+        asked = (said.mean(0) - error.sum(0) / scale).clamp(min=0)
+        if spread():
+            dist.all_reduce(asked)
+            asked /= dist.get_world_size()
+        self.asked.lerp_(asked, max(1 - self.decay, 1 / (1 + float(self.seen))))
+        self.seen += 1
+    lack = -(len(self.raw) * self.asked).clamp(min=1e-6).log() - self.phi.log()
+    return lack * self.phi / torch.sigmoid(self.raw)
 
-# %% ../nbs/25_forward_values.ipynb #0015
+OutputValues.signal = _output_signal
+
+# %% ../nbs/25_forward_values.ipynb #0016
 class SampleValues(Values):
     "Values that weigh the losses of training samples."
 
@@ -103,7 +115,7 @@ class SampleValues(Values):
         phi = self.of(own)
         return (losses * (phi / phi.mean() if normalize else phi)).mean()
 
-# %% ../nbs/25_forward_values.ipynb #0018
+# %% ../nbs/25_forward_values.ipynb #0019
 @torch.no_grad()
 def margin(logits: Tensor, y: Tensor) -> Tensor:  # (batch, classes), (batch,) -> (batch,)
     "Probability of the label less the largest other probability, in [−1, 1]."

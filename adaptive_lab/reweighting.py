@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'SETTINGS', 'Protocol', 'Plain', 'Problem', 'embedded', 'labelled', 'standardised', 'table_problem',
            'tailed', 'digits_problem', 'problem_of', 'order_of', 'Weighting', 'build_optimizer', 'learning_rates',
-           'dealt', 'read_recipe', 'averaged', 'tiny_is_zero', 'Outcome', 'prepared', 'run', 'table_metrics',
-           'class_metrics', 'measure']
+           'read_recipe', 'averaged', 'Outcome', 'prepared', 'run', 'table_metrics', 'class_metrics', 'measure']
 
 # %% ../nbs/75_reweighting.ipynb #0003
 import math
-from contextlib import contextmanager
+
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .cells import one_thread
+from .cells import one_thread, tiny_is_zero
 from .data.digits import digit_arrays, hold_out, label_noise, long_tail
 from .data.fetch import local_path
 from .data.streams import DataError, checked, seeded
 from .data.tables import read_table
-from .knobs import KnobError, Knobs, knob, walk
+from .knobs import KnobError, Knobs, dealt, knob, walk
 from .models import MLP, mlp
 from .parts import find_part, part
 
@@ -230,16 +229,6 @@ def learning_rates(schedule: str, lr: float, steps: int) -> list[float]:
     return [lr * (1 if schedule == "constant" else 0.5 + 0.5 * math.cos(math.pi * i / steps)) for i in range(steps)]
 
 # %% ../nbs/75_reweighting.ipynb #0034
-def dealt(recipe: dict, *kinds: type[Knobs]) -> list[Knobs]:
-    "A flat recipe as one object of each class. Raises `KnobError` on a key that none of them or two of them declare."
-    names = [[k.name for k in walk(kind)] for kind in kinds]
-    where = " and ".join(kind.__name__ for kind in kinds)
-    for name in sorted({*recipe, *sum(names, [])}):
-        if (times := sum(name in own for own in names)) != 1:
-            fault = f"{name!r} is declared twice" if times else f"unknown knob {name!r}"
-            raise KnobError(f"{fault}: {where} have {', '.join(sum(names, []))}")
-    return [kind(**{name: recipe[name] for name in own if name in recipe}) for kind, own in zip(kinds, names)]
-
 def read_recipe(recipe: dict) -> tuple[Protocol, Knobs]:
     "A recipe as its protocol and the knobs of its method. Raises `KnobError` or `UnknownPart`."
     method = recipe.get("method", Protocol().method)
@@ -255,17 +244,6 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=follow)
 
 # %% ../nbs/75_reweighting.ipynb #0040
-@contextmanager
-def tiny_is_zero():
-    "Floating-point numbers too small for full precision (denormals) are zero inside."
-    before = bool(torch.tensor(1e-39) * 1 == 0)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-# %% ../nbs/75_reweighting.ipynb #0042
 @dataclass
 class Outcome:
     "What a run has found."
@@ -283,7 +261,7 @@ def prepared(recipe: dict, seed: int) -> tuple[Protocol, Weighting]:
     method.plan(order_of(len(problem.y), knobs.batch, knobs.epochs, seed))
     return knobs, method
 
-# %% ../nbs/75_reweighting.ipynb #0043
+# %% ../nbs/75_reweighting.ipynb #0041
 @one_thread()  # the only one in which tiny is zero
 def run(recipe: dict, seed: int) -> Outcome:
     "Train and test in one thread. Raises `ValueError` if the run diverges."
@@ -299,7 +277,7 @@ def run(recipe: dict, seed: int) -> Outcome:
         raise ValueError(f"method={knobs.method!r} has diverged at lr={knobs.lr}: lower lr")
     return Outcome(scores, method.problem, method)
 
-# %% ../nbs/75_reweighting.ipynb #0046
+# %% ../nbs/75_reweighting.ipynb #0044
 def table_metrics(scores: Tensor, y: Tensor, rare: int) -> dict[str, float]:
     "auprc and auroc of the rare class, in percent."
     from sklearn.metrics import average_precision_score, roc_auc_score
@@ -317,7 +295,7 @@ def class_metrics(scores: Tensor, y: Tensor) -> dict[str, float]:
     found = dict(accuracy=right.mean(), worst_recall=recalls.min(), balanced_accuracy=recalls.mean())
     return {name: 100 * float(v) for name, v in found.items()}
 
-# %% ../nbs/75_reweighting.ipynb #0049
+# %% ../nbs/75_reweighting.ipynb #0047
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "The figures of a recipe with a seed, in percent: `table_metrics`, or `class_metrics` for digits."
     out = run(recipe, seed)

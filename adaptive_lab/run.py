@@ -18,7 +18,7 @@ from blake3 import blake3
 from . import __version__
 from .store import Store
 from .tape import Change, Recipe, RecipeError, Session, Tape, check_change, checked_tape
-from .training import Step, train
+from .training import Step, cross_entropy, train
 from .tree import as_bytes
 
 # %% ../nbs/16_run.ipynb #0006
@@ -83,6 +83,7 @@ class Run:
             self.data = build["data"].build(self.knobs["data"], seed)
             self.model = build["model"].build(self.knobs["model"], self.data, seed)
             _check_fit(self.model, self.data, recipe.names)
+            self._needed = getattr(build["optimizer"].build, "needs", lambda *_: {})(self.knobs["optimizer"], self.data)
         accumulate = self.knobs["training"].accumulate
         self.boundaries = [-(-b // accumulate) for b in self.data.boundaries]  # steps made when a new task begins
         self.position: dict = {}  # of the last step; empty before the first
@@ -94,7 +95,7 @@ class Run:
     def optimizer(self) -> torch.optim.Optimizer:
         "Built when first asked for: the first optimizer of a process makes torch import its compiler, which takes a second."
         with seeded(step_seed(self.recipe["run.seed"], -2)):
-            return self.recipe.parts["optimizer"].build(self.recipe.knobs["optimizer"], self.model)
+            return self.recipe.parts["optimizer"].build(self.recipe.knobs["optimizer"], self.model, **self._needed)
 
     @property
     def index(self) -> int:
@@ -133,17 +134,26 @@ def _take_changes(self):
         for address, value in asked.items():
             self.tape.add(Change(self.index, address, value))
 
-# %% ../nbs/16_run.ipynb #0019
+# %% ../nbs/16_run.ipynb #0020
+def _announce(self):
+    "Tell an optimizer that asks for it which samples the next step is made of, batch by batch."
+    if hasattr(self.optimizer, "meet") and hasattr(self.data.train, "rows"):
+        first = self.position.get("batch", 0)
+        self.optimizer.meet([self.data.train.rows(i) for i in range(first, first + self.knobs["training"].accumulate)])
+
+# %% ../nbs/16_run.ipynb #0021
 def steps(self) -> Iterator[Step]:
     "The rest of the run, a step at each `next`. Knobs turned meanwhile hold from the next step on."
     self._replay = {c.step: self.tape.at(c.step) for c in self.tape if c.step >= self.index}
     seed, end = self.recipe["run.seed"], self.recipe["run.steps"]
-    feed = train(self.model, self.optimizer, self.data.train, settings=self.knobs["training"], start=self.position or None)
+    loss = getattr(self.optimizer, "loss", cross_entropy)
+    feed = train(self.model, self.optimizer, self.data.train, loss=loss, settings=self.knobs["training"], start=self.position or None)
     threads, here = self.knobs["run"].threads, None
     while self.index < end:
         if threads and here != (here := threading.get_ident()):
             torch.set_num_threads(threads)  # torch keeps this number for each thread that computes
         self._take_changes()
+        self._announce()
         with seeded(step_seed(seed, self.index)):
             step = next(feed)
         self.position = step.position
@@ -156,7 +166,7 @@ def steps(self) -> Iterator[Step]:
             getattr(self.optimizer, "consolidate", nullcontext)()
         yield step
 
-# %% ../nbs/16_run.ipynb #0020
+# %% ../nbs/16_run.ipynb #0022
 def advance(self, until: int | None = None) -> "Run":
     "Make steps up to index `until` (the recipe's end when None)."
     end = self.recipe["run.steps"]
@@ -169,10 +179,11 @@ def advance(self, until: int | None = None) -> "Run":
     feed.close()
     return self
 
-# %% ../nbs/16_run.ipynb #0021
+# %% ../nbs/16_run.ipynb #0023
 Run.waiting, Run.change, Run._apply, Run._take_changes, Run.steps, Run.advance = property(waiting), change, _apply, _take_changes, steps, advance
+Run._announce = _announce
 
-# %% ../nbs/16_run.ipynb #0026
+# %% ../nbs/16_run.ipynb #0028
 def weights_digest(model) -> str:
     "BLAKE3 of all tensors of the model's state, with their names, types and shapes, in hexadecimal."
     h = blake3()
@@ -189,12 +200,12 @@ def data_digest(data) -> str:
         h.update(as_bytes(t.contiguous()))
     return h.hexdigest()[:16]
 
-# %% ../nbs/16_run.ipynb #0027
+# %% ../nbs/16_run.ipynb #0029
 def replay(recipe: Recipe, tape: Tape | None = None, until: int | None = None) -> Run:
     "Build the recipe and make its steps up to `until`, turning the knobs as the tape says."
     return Run(recipe, Tape(tape or ())).advance(until)
 
-# %% ../nbs/16_run.ipynb #0028
+# %% ../nbs/16_run.ipynb #0030
 def session(self) -> Session:
     "This run so far, as a record that can be saved, shown as code and replayed."
     made_with = dict(adaptive_lab=__version__, torch=torch.__version__, threads=torch.get_num_threads(), data=data_digest(self.data))
@@ -202,7 +213,7 @@ def session(self) -> Session:
 
 Run.session = session
 
-# %% ../nbs/16_run.ipynb #0033
+# %% ../nbs/16_run.ipynb #0035
 def save(self, store: Store, name: str):
     "Commit the run's present state to the store; returns the store's checkpoint. Raises `ArithmeticError` if a weight is not finite."
     if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
@@ -216,7 +227,7 @@ def save(self, store: Store, name: str):
     tape = [[c.step, c.knob, c.value] for c in self.tape]
     return store.save(name, self.index, state, metrics=metrics, recipe=self.recipe.to_dict(), tape=tape)
 
-# %% ../nbs/16_run.ipynb #0034
+# %% ../nbs/16_run.ipynb #0036
 def resume(store: Store, name: str, step: int | None = None) -> Run:
     "The run as it was when that checkpoint (the latest when `step` is None) was committed. Raises the store's errors."
     found = [c for c in store.checkpoints(name) if step in (None, c.step)]
@@ -234,7 +245,7 @@ def resume(store: Store, name: str, step: int | None = None) -> Run:
 
 Run.save, Run.resume = save, staticmethod(resume)
 
-# %% ../nbs/16_run.ipynb #0035
+# %% ../nbs/16_run.ipynb #0037
 def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]:
     "The run's steps, with a checkpoint committed every `every` steps and after the last one."
     for step in run.steps():
@@ -242,7 +253,7 @@ def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]
             run.save(store, name)
         yield step
 
-# %% ../nbs/16_run.ipynb #0038
+# %% ../nbs/16_run.ipynb #0040
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "Run a recipe (plain data) to its end with that seed: last loss, accuracies, and `forgetting` when there are tasks."
     recipe = Recipe.from_dict(recipe)

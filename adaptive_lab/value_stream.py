@@ -26,7 +26,7 @@ def scale_update(
 ):
     "θ ← θ_old + φ·(θ_new − θ_old), exactly θ_new where φ = 1."
     if p.is_complex():
-        return scale_update(torch.view_as_real(old), torch.view_as_real(p), phi[..., None])
+        return scale_update(torch.view_as_real(old), torch.view_as_real(p), phi.real[..., None])
     torch.lerp(old, p, phi.to(p.dtype), out=p)
 
 # %% ../nbs/24_value_stream.ipynb #0010
@@ -138,7 +138,7 @@ def gradient_signal(self) -> Tensor:  # (number of values,)
     "The size of each tensor's, unit's or weight's gradient."
     found = [s.p.grad for s in self.slots]
     sizes = [gradient_size(g, self.granularity) if g is not None else self.raw.new_zeros(s.own.stop - s.own.start) for g, s in zip(found, self.slots)]
-    return torch.cat([x.to(self.raw) for x in sizes])
+    return torch.cat(sizes).to(self.raw) if len({x.device for x in sizes}) == 1 else torch.cat([x.to(self.raw) for x in sizes])
 
 WeightValues.gradient_signal = gradient_signal
 
@@ -160,4 +160,4 @@ class scaled:
             if error is not None:
                 s.p.copy_(old)
             else:
-                scale_update(old, s.p, phi[s.own].view(s.shape).to(s.p.device))
+                scale_update(old, s.p.detach(), phi[s.own].view(s.shape).to(s.p))

@@ -30,7 +30,7 @@ def raw_gradient(
     l1: float,  # λ
 ) -> Tensor:  # like raw
     "What an optimizer of raw descends along: −l + λ·dφ/draw."
-    return torch.add(-signal, torch.sigmoid(raw), alpha=l1)
+    return torch.sigmoid(raw).mul_(l1).sub_(signal) if l1 else -signal
 
 # %% ../nbs/20_value_weights.ipynb #0016
 def bounded(

@@ -96,7 +96,8 @@ def _check_optimizers(self, theta, phi) -> list[nn.Parameter]:
         raise ValueError("optimizer_phi does not hold the values: build it from wrapper.phi_params()")
     if isinstance(theta, torch.optim.LBFGS) or isinstance(phi, torch.optim.LBFGS):
         raise ValueError("an optimizer is LBFGS, which asks for the loss several times a step: take another")
-    self._known = asked, weights
+    moved = {id(p) for p in weights}
+    self._known = asked, weights, [s for s in self._slots if id(s.p) in moved]
     return weights
 
 # %% ../nbs/27_vwpr.ipynb #0010
@@ -107,8 +108,9 @@ def _check_loss(base_loss):
         raise ValueError(f"base_loss is {shown}: give a scalar tensor, or one loss a sample, (batch,)")
     if not base_loss.requires_grad:
         raise ValueError("base_loss has no graph (requires_grad=False): compute it from the model's output, outside torch.no_grad(), and do not detach it")
-    if not (finite := base_loss.detach().isfinite()).all():
-        bad = base_loss.detach().reshape(-1)[~finite.reshape(-1)][0].item()
+    values = base_loss.detach().reshape(-1)
+    if not math.isfinite(values.sum().item()) and not (finite := values.isfinite()).all():
+        bad = values[~finite][0].item()
         raise ArithmeticError(f"base_loss is {bad}: no step was made, weights, values and optimizers are as before")
 
 def _samples(self, losses: Tensor, index, signal) -> tuple[Tensor, Tensor] | None:
@@ -202,23 +204,21 @@ def step(self, optimizer_theta, optimizer_phi, scaler=None, samples=None) -> tup
     grads = [p.grad for p in weights if p.grad is not None]
     late = not self.weights or self.knobs.signal == "persistence"
     l = None if late else self._weight_signal(optimizer_theta)
-    if not grads or not _finite(grads, l if self.knobs.signal == "gradient" and len(weights) == len(self._slots) else None):
+    sizes_tell = l is not None and self.knobs.signal == "gradient" and len(weights) == len(self._slots)
+    if not grads or not _finite([l] if sizes_tell else grads):
         return self._refuse(optimizer_theta, grads, scaler)
-    with self._scaled(weights):
+    with scaled(self.values[self.weights], self._known[2]) if self.weights else nullcontext():
         optimizer_theta.step() if scaler is None else scaler.step(optimizer_theta)
     if scaler is not None:
         scaler.update()
     signals = {self.weights: self._weight_signal(optimizer_theta) if l is None else l} if self.weights else {}
     return self._learn(signals | self._forward_signals(scale), optimizer_phi, samples)
 
-def _finite(grads: list[Tensor], sizes: Tensor | None) -> bool:
-    "Are all gradients finite? Their sizes tell, where they are known."
-    return bool((torch.nn.utils.get_total_norm(grads) if sizes is None else sizes.sum()).isfinite())
+def _finite(tensors: list[Tensor]) -> bool:
+    "Are all their numbers finite? A sum tells at once, unless it overflows by itself."
+    return math.isfinite(torch.stack([t.sum().to(tensors[0].device) for t in tensors]).sum().abs().item()) or all(t.isfinite().all() for t in tensors)
 
-def _scaled(self, weights):
-    "The context of the step of these weights."
-    moved = {id(p) for p in weights}
-    return scaled(self.values[self.weights], [s for s in self._slots if id(s.p) in moved]) if self.weights else nullcontext()
+
 
 # %% ../nbs/27_vwpr.ipynb #0017
 def _forward_signals(self, scale: float) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ def _forward_signals(self, scale: float) -> dict[str, Tensor]:
         found["feature"] = self.values["feature"].signal(scale)
     if "output" in self.values:
         self.values["output"].decay = self.knobs.memory
-        found["output"] = self.values["output"].signal()
+        found["output"] = self.values["output"].signal(scale)
     return found
 
 def _refuse(self, theta, grads, scaler):
@@ -266,7 +266,7 @@ def _record(self, phi: dict[str, Tensor], l_map: dict[str, Tensor]):
         row = {f"{name}/{what}": getattr(v, what)().item() for name, v in phi.items() for what in ("mean", "min", "max")}
         self.history.add(self.steps, row | {f"{name}/signal": v.mean().item() for name, v in l_map.items()})
 
-for f in (apply_vwpr_step, step, _scaled, _forward_signals, _refuse, _learn, _record):
+for f in (apply_vwpr_step, step, _forward_signals, _refuse, _learn, _record):
     setattr(EnhancedVWPRWrapper, f.__name__, torch.no_grad()(f) if f is _learn else f)
 
 # %% ../nbs/27_vwpr.ipynb #0020

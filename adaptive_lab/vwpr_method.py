@@ -23,7 +23,8 @@ class Valued(VWPR):
     "VWPR's own knobs, its rate, and what samples follow."
 
     alpha: float = knob(0.01, "rate α of the values", ge=0, le=1000, log=True, live=False)
-    alpha_sample: float = knob(0.0, "that of samples, where other kinds have values too; 0: the same", ge=0, le=1000, log=True, live=False)
+    alpha_feature: float = knob(0.0, "that of features, where other kinds have values too; 0: the same", ge=0, le=1000, log=True, live=False)
+    alpha_sample: float = knob(0.0, "that of samples, likewise", ge=0, le=1000, log=True, live=False)
     sample_signal: Literal["loss", "margin"] = knob("loss", "what the values of samples follow", live=False)
 
 @part("weighting", "vwpr", Valued)
@@ -36,7 +37,7 @@ class ValuedTraining(Weighting):
         own["phi_clip_value"] = own["phi_clip_value"] or None
         counts = dict(sample=len(problem.y), feature=problem.inputs[0], output=problem.classes)
         self.wrapper = EnhancedVWPRWrapper(model, **own, **{f"{kind}s": n for kind, n in counts.items() if kind in kinds})
-        rate = {"sample": knobs.alpha_sample or knobs.alpha}
+        rate = {"sample": knobs.alpha_sample or knobs.alpha, "feature": knobs.alpha_feature or knobs.alpha}
         self.phi = torch.optim.SGD([dict(params=[v.raw], lr=rate.get(kind, knobs.alpha)) for kind, v in self.wrapper.values.items()])
 
 # %% ../nbs/76_vwpr_method.ipynb #0005

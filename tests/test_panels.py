@@ -5,6 +5,7 @@ import math
 import re
 import threading
 from io import BytesIO
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,10 +17,14 @@ from adaptive_lab.live import Live
 from adaptive_lab.panels import training
 from adaptive_lab.panels.controls import control, place, same
 from adaptive_lab.panels.training import TrainingPanel
-from adaptive_lab.panels.views import VIEWS, eligibility_view, gate_blocks, heat_view, spared
+from adaptive_lab.panels.views import (
+    LEAST, VIEWS, course_view, eligibility_view, extreme_samples, gate_blocks, heat_view, history_lines, holders_view, phi_view, places_view, spared, value_holders,
+)
 from adaptive_lab.plasticity import Plasticity
 from adaptive_lab.run import Run
 from adaptive_lab.tape import Recipe, load_session
+from adaptive_lab.value_kinds import Kinds
+from adaptive_lab.valued_adam import VWPRAdam
 
 KNOBS = {"data.steps_per_task": 60, "run.steps": 300, "run.eval_every": 10, "optimizer.warmup_steps": 20, "run.threads": 1}
 
@@ -287,3 +292,102 @@ def test_pictures_of_a_wide_layer_are_small():
     live = Live(recipe(**{"model.hidden": 784}))
     live.run.advance(2)
     assert all(len(view(live)) < 60_000 for view in VIEWS["plasticity"])
+
+
+VALUED = {"run.steps": 60, "run.eval_every": 20, "run.threads": 1, "model.hidden": 16, "optimizer.alpha": 0.05}
+
+
+def valued(granularity="sample", **more):
+    return Recipe("noisy_digits", "mlp", "vwpr", {**VALUED, "optimizer.granularity": granularity, **more})
+
+
+@pytest.mark.parametrize("granularity", get_args(Kinds))
+def test_values_are_shown_before_while_and_after(granularity):
+    from xml.etree.ElementTree import fromstring
+
+    live = Live(valued(granularity))
+    for until in (0, 1, 30, 60):
+        live.run.advance(until)
+        shown = [view(live) for view in VIEWS["vwpr"]]
+        assert all(fromstring(svg).tag.endswith("svg") and len(svg) < 60_000 and not re.search(r"\bnan\b", re.sub("base64,[^\"]+", "", svg)) for svg in shown), until
+    live.stop()
+    assert [view(live) for view in VIEWS["vwpr"]] == shown
+    live._in_thread, live._probes = True, {}  # a step is under way, and nothing was looked at yet
+    assert all(fromstring(view(live)).tag.endswith("svg") for view in VIEWS["vwpr"])
+
+
+def test_the_histogram_of_values_answers_to_its_sliders_at_once():
+    async def main():
+        panel = TrainingPanel(valued("unit", **{"optimizer.normalize_phi": False, "optimizer.alpha": 0.5}))
+        panel.step(40)
+        await panel.live.rest()
+        histogram = next(p for p, view in panel.extra if view is phi_view)
+        seen = [str(histogram.svg)]
+        for name, value in (("phi_clip_value", 1.2), ("normalize_phi", True), ("phi_clip_value", 0.0)):
+            panel.controls[f"optimizer.{name}"].value = value
+            await asyncio.sleep(0.05)
+            seen.append(str(histogram.svg))
+        assert panel.run.index == 40 and len(set(seen)) == 4
+        assert "at most 1.2" in seen[1] and "at most" not in seen[3] and "mean 1<" in seen[3]
+
+    asyncio.run(main())
+
+
+def test_every_knob_of_the_values_turns_while_the_training_runs():
+    async def main():
+        panel = TrainingPanel(valued(**{"run.steps": 10**6}))
+        panel.start()
+        await asyncio.sleep(0.1)
+        wanted = {k.name: (not k.default if k.type is bool else "loss" if k.choices else 0.03) for k in walk(VWPRAdam) if k.live}
+        assert {"alpha", "lr", "l1_lambda", "phi_clip_value", "normalize_phi", "relative", "memory", "margin"} < set(wanted)
+        for name, value in wanted.items():
+            panel.controls[f"optimizer.{name}"].value = value
+        at = panel.run.index
+        while panel.run.index <= at + 5:
+            await asyncio.sleep(0.01)
+        panel.pause()
+        await panel.live.rest()
+        group, k = panel.run.optimizer.param_groups[0], panel.run.optimizer.wrapper.knobs
+        assert {n: group[n] for n in wanted if not same(group[n], wanted[n])} == {} and panel.live.error is None
+        assert all(same(getattr(k, n), wanted[n]) for n in wanted if n in type(k).model_fields) and same(panel.run.optimizer.phi.param_groups[0]["lr"], 0.03)
+
+    asyncio.run(main())
+
+
+def test_another_granularity_comes_with_a_reset_and_its_pictures():
+    panel = TrainingPanel(valued())
+    panel.run.advance(5)
+    panel.draw()
+    panel.controls["optimizer.granularity"].value = "feature"
+    panel.reset()
+    panel.draw()
+    shown = {view: p.svg for p, view in panel.extra}
+    assert "φ of 64 features" in shown[phi_view] and "mean of the batch" in shown[holders_view] and "most valued features" in shown[places_view]
+    panel.controls["data.source"].value = "digits"
+    other = TrainingPanel(Recipe("split_digits", "mlp", "vwpr", {"optimizer.granularity": "unit", "run.threads": 1}))
+    other.run.advance(3)
+    other.controls["optimizer.granularity"].value = "sample"
+    other.reset()
+    assert "RecipeError" in other.status.value and "samples are numbered" in other.status.value and other.run.index == 3
+
+
+def test_the_least_valued_samples_are_shown_as_they_are():
+    live = Live(valued(**{"data.noise": 0.4, "run.steps": 300, "optimizer.alpha": 0.3, "optimizer.lr": 0.003}))
+    live.run.advance()
+    svg, found = places_view(live), extreme_samples(live.run)
+    phi = live.run.optimizer.wrapper.phi_values()["samples"]
+    order, X, y = phi.argsort(stable=True), live.run.data.train.X, live.run.data.train.y
+    assert [v for *_, v in found] == [phi[i].item() for i in (*order[:LEAST], *order.flip(0)[: len(found) - LEAST])]
+    for shown, i in zip(images(svg), order[:LEAST]):  # dark ink on white
+        assert shown.shape == (8, 8, 3) and np.allclose(255 - shown[..., 0], 255 * X[i].reshape(8, 8) / X[i].max(), atol=1)
+    assert [int(a) for a in re.findall(r">(\d) · ", svg)] == [int(y[i]) for i in (*order[:LEAST], *order.flip(0)[: len(found) - LEAST])]
+
+
+def test_the_course_of_values_is_the_record():
+    live = Live(valued("output"))
+    live.run.advance(60)
+    steps, rows = live.look(history_lines)
+    assert steps == [0, 10, 20, 30, 40, 50, 60]
+    phi = live.run.optimizer.wrapper.phi_values()["outputs"]
+    assert rows[0] == {f"output {i}/mean": 1.0 for i in range(10)} and list(rows[-1].values()) == phi.tolist()
+    assert live.look(value_holders)[1] == {f"output {i}": v for i, v in enumerate(phi.tolist())} and "output 9" in course_view(live)

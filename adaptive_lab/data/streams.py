@@ -146,8 +146,12 @@ class Batches(Stream):
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: found}
         return found
 
+    def rows(self, i: int, part: slice = slice(None)) -> Tensor:  # (batch,) int64
+        "The numbers of the samples in the batch of step `i`."
+        return _stretch(self.order, len(self.y), i * self.batch_size, self.batch_size)[part]
+
     def batch(self, i, part):
-        rows = _stretch(self.order, len(self.y), i * self.batch_size, self.batch_size)[part]
+        rows = self.rows(i, part)
         return self.X.index_select(0, rows), self.y.index_select(0, rows)
 
 # %% ../../nbs/02_data.streams.ipynb #0024
