@@ -255,15 +255,16 @@ RIVALS = {
     "cross-entropy": crossed({}, lr=(0.01, 0.02, 0.03, 0.04)),
     "focal loss": crossed(dict(lr=0.02), gamma=(0.5, 1.0, 2.0, 4.0)),
     "rare words drawn more often": crossed(dict(lr=0.02), power=(0.7, 0.6, 0.5, 0.4)),
-    "frequent words skipped": crossed(dict(lr=0.02), threshold=(1e-4, 3e-4, 1e-3, 3e-3)),
+    "frequent words skipped": crossed(dict(lr=0.02), threshold=(1e-3, 3e-4, 5e-4, 1.5e-4)),
+    "frequent words skipped, focal loss": crossed(dict(lr=0.02), threshold=(3e-4, 1e-3), gamma=(0.5, 1.0)),
     "rare words drawn more often, focal loss": crossed(dict(lr=0.02), power=(0.6, 0.5), gamma=(1.0, 2.0)),
     "label smoothing": crossed(dict(lr=0.02), smoothing=(0.01, 0.02, 0.05, 0.1)),
     "in proportion to the loss": crossed(dict(lr=0.02), proportional=(0.25, 0.5, 1.0, 2.0)),
 }
 OWN = {
     "ours: words by loss": crossed(BY_LOSS | dict(lr=0.02), alpha=(0.015, 0.03, 0.045, 0.06)),
-    "ours: words by rarity": crossed(BY_RARITY | dict(lr=0.02), alpha=(0.015, 0.03, 0.06, 0.12)),
-    "ours: words by loss, rare ones drawn more often": crossed(BY_LOSS | dict(lr=0.02), power=(0.8, 0.7), alpha=(0.03, 0.02)),
-    "ours: words by rarity, rare ones drawn more often": crossed(BY_RARITY | dict(lr=0.02), power=(0.8, 0.7), alpha=(0.12, 0.06)),
+    "ours: words by rarity": crossed(BY_RARITY | dict(lr=0.02), alpha=(0.03, 0.06, 0.12, 0.25)),
+    "ours: words by loss, frequent ones skipped": crossed(BY_LOSS | dict(lr=0.02), threshold=(3e-4, 1e-3), alpha=(0.03, 0.01)),
+    "ours: words by rarity, frequent ones skipped": crossed(BY_RARITY | dict(lr=0.02), threshold=(3e-4, 1e-3), alpha=(0.06, 0.03)),
 }
 GRIDS = RIVALS | OWN

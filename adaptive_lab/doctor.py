@@ -76,6 +76,7 @@ PURPOSE = {
     "ipywidgets": "sliders and buttons",
     "anywidget": "live pictures",
     "matplotlib": "figures in the notebooks",
+    "pandas": "histories as tables",
     "distributed": "comparisons on a Dask cluster",
     "playwright": "browser tests",
     "nbdev": "writing modules from the notebooks",

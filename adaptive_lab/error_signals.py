@@ -77,10 +77,10 @@ def rarity(
 class Watch:
     "Forward hook of one module: running statistics of its output, and the rarity of its last batch."
 
-    def __init__(self, units: int):
-        self.units, self.mean, self.variance = units, None, None
+    def __init__(self, units: int, decay: float = 0.9):
+        self.units, self.decay = units, decay  # decay: of the running statistics
+        self.mean = self.variance = None
         self.units_now = self.samples_now = None  # rarity of each unit, and of each sample, in the last batch
-        self.decay = 0.99  # of the running statistics
 
     @torch.no_grad()
     def __call__(self, module, args, out):

@@ -34,7 +34,7 @@ class Transfer(MLP):
     samples: int = knob(5000, "samples of the source at most", ge=100, le=100_000, log=True, live=False)
     shots: int = knob(10, "samples of each class of the target", ge=1, le=1000, log=True, live=False)
     distractors: float = knob(1.0, "features without meaning for each pixel", ge=0, le=10, live=False)
-    start: Literal["scratch", "finetune", "probe"] = knob("finetune", "new weights; those of the source; those of the source, of which only the last layer learns", live=False)
+    start: Literal["scratch", "finetune", "probe"] = knob("finetune", "new weights; the source's; the source's, of which only the last layer learns", live=False)
     pull: float = knob(0.0, "strength of L2-SP, which pulls the weights back to those of the source", ge=0, le=1000, log=True, live=False)
     values: Literal["none", "carried", "anew"] = knob("none", "values of features or weights: none, from the source, or of the target alone", live=False)
     alpha_target: float = knob(0.0, "rate α of values on the target; 0: they stay as they came", ge=0, le=1000, log=True, live=False)
@@ -135,15 +135,15 @@ def carry(old: Weighting, new: nn.Module, what: str):
 def read_recipe(recipe: dict) -> tuple[Transfer, Valued]:
     "A recipe as its two groups of knobs. Raises `KnobError`."
     knobs, own = dealt(recipe, Transfer, Valued)
-    said = set(recipe) & (set(Valued.model_fields) | {"alpha_target"})
+    said, there, shared = sorted(set(recipe) & {*Valued.model_fields, "alpha_target"}), knobs.values != "none", ("feature", "unit", "tensor", "element")
     faults = {
-        f"{sorted(said)} without values: say values='carried' or 'anew'": knobs.values == "none" and said,
-        f"granularity={own.granularity!r}: what two tasks share is feature, unit, tensor or element": knobs.values != "none" and own.granularity not in ("feature", "unit", "tensor", "element"),
-        "pull without weights of the source, or with values: it is for start='finetune', values='none'": knobs.pull and (knobs.start != "finetune" or knobs.values != "none"),
+        f"{said} without values: say values='carried' or 'anew'": said and not there,
+        f"granularity={own.granularity!r}: what two tasks share is {', '.join(shared)}": there and own.granularity not in shared,
+        "pull is for start='finetune' and values='none'": knobs.pull and (knobs.start != "finetune" or there),
         "alpha_target is for values='carried'; those learnt anew have the rate alpha": knobs.values == "anew" and knobs.alpha_target,
     }
-    for fault, there in faults.items():
-        if there:
+    for fault, found in faults.items():
+        if found:
             raise KnobError(f"{fault} (recipe: {recipe})")
     return knobs, own
 
@@ -214,7 +214,7 @@ RIVALS = {
     "fine-tuning": crossed({}, lr=RATES, source_decay=(0.0, 1.0)),
     "fine-tuning, F-test": crossed({}, lr=RATES, kept=(0.3, 0.6)),
     "linear probe": crossed(dict(start="probe"), lr=(3e-3, 1e-2, 3e-2, 1e-1)),
-    "L2-SP": crossed({}, lr=RATES, pull=(0.01, 0.1)),
+    "L2-SP": crossed({}, lr=RATES, pull=(1e-4, 1e-3)),
 }
 OWN = {
     "ours: φ of the target alone, from scratch": crossed(OURS | dict(start="scratch", values="anew"), lr=RATES, alpha=(0.01, 0.03)),

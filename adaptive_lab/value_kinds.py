@@ -56,13 +56,13 @@ def values_of(knobs: VWPR, model: nn.Module, counts: dict[str, int]) -> dict[str
     return made
 
 # %% ../nbs/26_value_kinds.ipynb #0007
-def watch(slots: list[Slot], model: nn.Module) -> dict[str, Watch]:
+def watch(slots: list[Slot], model: nn.Module, decay: float) -> dict[str, Watch]:
     "Hook every module that owns weights; name of the tensor → what watches its module."
     found, of = {}, {id(s.p): s for s in slots}
     for m in model.modules():
         mine = [of[id(p)] for p in m.parameters(recurse=False) if id(p) in of and p.ndim]
         if mine:
-            eye = Watch(len(mine[0].p))
+            eye = Watch(len(mine[0].p), decay)
             m.register_forward_hook(eye)
             found |= {s.name: eye for s in mine if len(s.p) == eye.units}
     return found

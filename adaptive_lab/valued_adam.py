@@ -29,7 +29,7 @@ from .vwpr import EnhancedVWPRWrapper
 class VWPRAdam(VWPR):
     "Adam for the weights, gradient descent for the values."
 
-    granularity: Kinds = knob("sample", "what has a value: a sample (wrong labels), an output (rare classes), a feature (useless inputs), or weights", live=False)
+    granularity: Kinds = knob("sample", "what has a value: a sample (wrong labels), output (rare classes), feature (useless inputs), or weights", live=False)
     normalize_phi: bool = knob(True, "values have the mean 1 (those of samples in each batch; those of outputs never)")
     l1_lambda: float = knob(0.0, "strength λ of the L1 penalty on values", ge=0, le=100, span=(0, 1))
     sample_signal: Literal["margin", "loss"] = knob("margin", "what the values of samples follow")
@@ -147,7 +147,7 @@ def loss(self, model: nn.Module, batch) -> Tensor:
     own = self.coming.pop(0).to(values.raw.device) if self.coming else None
     if own is None or len(own) != len(y):
         told = "nothing" if own is None else f"{len(own)} samples"
-        raise ValueError(f"a batch has {len(y)} samples and meet() was told {told}: before each step, give it the numbers of each batch's samples")
+        raise ValueError(f"a batch has {len(y)} samples and meet() was told {told}: before each step, give it the numbers of their samples")
     losses = F.cross_entropy(out, y, reduction="none")
     self._told.append((margin(out, y) if self.param_groups[0]["sample_signal"] == "margin" else losses.detach(), own))
     return values.weigh(losses, own, self.wrapper.knobs.normalize_phi)
@@ -159,8 +159,9 @@ def zero_grad(self, set_to_none: bool = True):
     "Forget the gradients, and what was heard since the last step."
     self._heed()
     self._told = []
-    if "feature" in self.wrapper.values:
-        self.wrapper.values["feature"]._leaves = []
+    for kind, heard in (("feature", "_leaves"), ("output", "_now")):
+        if kind in self.wrapper.values:
+            setattr(self.wrapper.values[kind], heard, [])
     self.theta.zero_grad(set_to_none)
 
 def step(self, closure=None):
@@ -182,7 +183,8 @@ def state_dict(self) -> dict:
     "Adam's state dict, the values, what their signals are made of, and the record."
     h = self.history
     record = dict(limit=h.limit, stride=h.stride, steps=list(h.steps), rows=[dict(row) for row in h.rows])
-    return self.theta.state_dict() | dict(values=dict(self.wrapper.values.state_dict()), signals=self.wrapper.get_extra_state(), record=record)
+    own = dict(values=dict(self.wrapper.values.state_dict()), signals=self.wrapper.get_extra_state(), record=record)
+    return self.theta.state_dict() | own
 
 def load_state_dict(self, state_dict: dict):
     "Go on from such a state. Raises `ValueError`, changing nothing, if it is of another optimizer, granularity or size."
@@ -191,7 +193,8 @@ def load_state_dict(self, state_dict: dict):
     if found is None or shapes(wanted) != shapes(found):
         what = "has no values" if found is None else f"has values {shapes(found)}, and this optimizer {shapes(wanted)}"
         raise ValueError(f"the state {what}: load what state_dict() gave with the same granularity and data")
-    self.theta.load_state_dict({key: copy.deepcopy(state_dict[key]) for key in ("state", "param_groups")})  # torch would share the tensors
+    # a copy, as torch would go on sharing its tensors
+    self.theta.load_state_dict({key: copy.deepcopy(state_dict[key]) for key in ("state", "param_groups")})
     self._share()
     self.wrapper.values.load_state_dict(found)
     self.wrapper.set_extra_state(state_dict["signals"])
@@ -213,7 +216,8 @@ def needs(knobs: VWPRAdam, data) -> dict[str, int]:
         raise RecipeError(f"granularity={knobs.granularity!r} needs data whose samples are numbered, and this is a {type(stream).__name__}, "
                           "which has no rows(i): take another granularity, or data without tasks, e.g. noisy_digits")
     if "feature" in kinds and not stream[0][0].is_floating_point():
-        raise RecipeError(f"granularity={knobs.granularity!r} multiplies the inputs, and these are {stream[0][0].dtype}: take another granularity")
+        what = stream[0][0].dtype
+        raise RecipeError(f"granularity={knobs.granularity!r} multiplies the inputs, and these are {what}: take another granularity")
     counts = dict(sample=lambda: len(stream.y), feature=lambda: prod(data.inputs), output=lambda: data.classes)
     return {f"{kind}s": many() for kind, many in counts.items() if kind in kinds}
 

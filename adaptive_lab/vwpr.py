@@ -48,7 +48,7 @@ class EnhancedVWPRWrapper(nn.Module):
         self.weights = next((k for k in WEIGHTS if k in self.values), None)  # the kind of its weights' values, if they have some
         self.history = History(history_limit) if track_history else None
         self.steps, self._averages, self._known = 0, {}, ()
-        self._watches = watch(self._slots, base_model) if self.knobs.signal == "rarity" else {}
+        self._watches = watch(self._slots, base_model, self.knobs.memory) if self.knobs.signal == "rarity" else {}
 
     @property
     def _slots(self) -> list[Slot]:

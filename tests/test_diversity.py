@@ -46,7 +46,9 @@ def test_rows_spell_the_words(words, context):
 
 def test_writing_is_sampling_letter_by_letter():
     net, noise = Speller(Diversity(hidden=16), 0), gumbel(50, 0, "test")
+    net[-1].bias.data[[START, END]] += 1.5  # so that the start is likely, and most words end
     found = written(net, 7, 0.7, noise)
+    assert (found > 0).sum() > 30
     for w in range(50):
         c, letters = [START] * 7, []
         for place in range(LONGEST + 1):
@@ -93,6 +95,14 @@ def test_words_are_drawn_by_a_power_of_their_counts(power):
     rows = drawn(counts, Diversity(power=power, steps=1000), 0)
     assert rows.shape == (1000, 64) and torch.equal(rows, drawn(counts, Diversity(power=power, steps=1000), 0))
     assert np.allclose(np.bincount(rows.flatten(), minlength=4) / 64_000, counts**power / (counts**power).sum(), atol=0.01)
+
+
+def test_frequent_words_are_skipped_by_the_rule_of_word2vec():
+    counts = np.array([6000, 3000, 900, 90, 10])
+    f = counts / counts.sum()
+    want = np.array([math.sqrt(0.1 * x) if x > 0.1 else x for x in f])
+    seen = np.bincount(drawn(counts, Diversity(threshold=0.1, steps=2000), 0).flatten(), minlength=5) / 128_000
+    assert np.allclose(seen, want / want.sum(), atol=0.01)
 
 
 def test_the_words_of_a_text_are_counted(text):

@@ -16,6 +16,7 @@ PLASTIC |= {("consolidation", m) for m in ("gates", "gated_lists", "gated_adam",
 PLASTIC |= {("plasticity", m) for m in ("gates", "gated_lists", "gated_adam", "consolidation")}
 VALUED = {("value_pictures", "value_history"), ("value_stream", "error_signals"), ("value_stream", "value_weights"), ("forward_values", "value_stream"), ("forward_values", "value_weights")}
 VALUED |= {("value_kinds", m) for m in ("error_signals", "value_stream", "forward_values")}
+VALUED |= {("valued_adam", m) for m in ("error_signals", "forward_values", "value_history", "value_kinds", "vwpr")}
 VALUED |= {("vwpr", m) for m in ("error_signals", "value_history", "value_kinds", "value_pictures", "value_stream")}
 STANDS_ON = PLASTIC | VALUED | {("controller", "transformer"), ("bytropix", "transformer"), ("bytropix", "wubu")}
 WIDGETS = ("ipywidgets", "anywidget", "IPython", "traitlets", "jupyterlab", "ipykernel")

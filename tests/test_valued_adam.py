@@ -212,7 +212,7 @@ def test_a_loss_of_nobody_or_of_unknown_samples_is_named():
     assert (phi(run) == 1).all()
 
 
-@pytest.mark.parametrize("granularity", ["sample", "feature"])
+@pytest.mark.parametrize("granularity", ["sample", "feature", "output"])
 def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_next_step(granularity):
     made = recipe(granularity)
     run, clean = Run(made).advance(5), Run(made).advance(6)

@@ -359,7 +359,8 @@ def test_two_processes_keep_equal_values(tmp_path):
         dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
         torch.manual_seed(rank)
         X, y = torch.randn(8, 6), torch.arange(8) % 3
-        for how in (dict(granularity="unit"), dict(granularity="unit", signal="rarity"), dict(granularity="sample", samples=16, normalize_phi=True)):
+        for how in (dict(granularity="unit"), dict(granularity="unit", signal="rarity"), dict(granularity="sample", samples=16, normalize_phi=True),
+                    dict(granularity="feature+output", features=6, outputs=3)):
             for outside in (False, True):
                 torch.manual_seed(0)
                 net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -375,7 +376,7 @@ def test_two_processes_keep_equal_values(tmp_path):
                 dist.all_gather(both, mine)
                 assert torch.equal(*both), (how, outside)
                 raw = next(m.phi_params())
-                assert (raw - raw[0]).abs().max() > 1e-4
+                assert (raw - raw[0]).abs().max() > 1e-5
         print("equal", flush=True)
         dist.barrier()
         os._exit(0)  # gloo's threads sometimes outlive a destroyed group
@@ -409,6 +410,98 @@ def test_one_loss_a_sample_is_averaged_where_tensors_have_values():
     m.apply_vwpr_step(loss_of(m), *opts)
     twin.apply_vwpr_step(loss_of(twin, reduction="none"), *theirs)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(m.parameters(), twin.parameters()))
+
+
+# Features and outputs
+
+FORWARD = dict(granularity="feature+output+sample", features=6, outputs=3, samples=64)
+
+
+def test_values_of_features_by_hand():
+    m, theta, phi = made(net(torch.float64), granularity="feature", features=6, rate=0.2, theta=torch.optim.SGD, lr=0.1, l1_lambda=0.3, memory=0.5)
+    twin, x, r, mean, size = net(torch.float64), X.double(), torch.full((6,), START, dtype=torch.float64), 0, 0
+    for t in range(1, 4):
+        value = torch.log1p(torch.exp(r)).requires_grad_()
+        F.cross_entropy(twin(x * value), Y).backward()
+        u = -(value * value.grad).detach()
+        mean, size = 0.5 * mean + 0.5 * u, size + u.abs().mean()
+        l_map, phi_vals = m.apply_vwpr_step(loss_of(m, x), theta, phi)
+        assert torch.allclose(l_map["features"], mean / (size / t), atol=1e-12)
+        r = r + 0.2 * (mean / (size / t) - 0.3 * torch.sigmoid(r))
+        assert torch.allclose(phi_vals["features"], torch.log1p(torch.exp(r)), atol=1e-10)
+        for p in twin.parameters():
+            p.data -= 0.1 * p.grad
+            p.grad = None
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(m.base_model.parameters(), twin.parameters()))
+    m.eval()
+    assert torch.allclose(m(x), twin(x * phi_vals["features"]), atol=1e-12)
+
+
+def test_outputs_find_how_often_they_are_asked_for():
+    "From the error alone: the share of each class, whatever the network says; and the margin is there in training only."
+    m, theta, phi = made(granularity="output", outputs=3, rate=1.0, l1_lambda=0.0, memory=0.99, margin=2.0)
+    rare = torch.tensor([0] * 40 + [1] * 20 + [2] * 4)
+    for _ in range(60):
+        l_map, phi_vals = m.apply_vwpr_step(F.cross_entropy(m(X), rare), theta, phi)
+    wanted = 1 / (3 * (torch.bincount(rare) / 64 * 60 + 1 / 3) / 61)  # the start counts as one batch
+    assert torch.allclose(phi_vals["outputs"], wanted, rtol=0.02)
+    in_training = m(X)
+    m.eval()
+    assert torch.allclose(in_training, m(X) - 2 * phi_vals["outputs"].log(), atol=1e-6) and torch.equal(m(X), m.base_model(X))
+
+
+def test_forward_values_of_one_are_the_plain_training():
+    m, theta, phi = made(rate=0.0, **FORWARD)
+    twin = net()
+    plain = torch.optim.Adam(twin.parameters(), lr=1e-3)
+    for _ in range(10):
+        m.apply_vwpr_step(loss_of(m, reduction="none"), theta, phi, index=torch.arange(64))
+        plain.zero_grad()
+        loss_of(twin, reduction="none").mean().backward()
+        plain.step()
+    assert all(torch.equal(a, b) for a, b in zip(m.base_model.parameters(), twin.parameters()))
+
+
+def test_forward_values_resume_bit_for_bit():
+    def go(m, theta, phi, steps):
+        for i in range(steps):
+            m.apply_vwpr_step(loss_of(m, reduction="none"), theta, phi, index=torch.arange(64))
+
+    whole, half = made(normalize_phi=True, **FORWARD), made(normalize_phi=True, **FORWARD)
+    go(*whole, 6), go(*half, 3)
+    rest = made(net(seed=5), normalize_phi=True, **FORWARD)
+    for o, state in zip(rest, copy.deepcopy([o.state_dict() for o in half])):
+        o.load_state_dict(state)
+    go(*rest, 3)
+    assert equal(whole[0].state_dict(), rest[0].state_dict()) and whole[0].steps == rest[0].steps == 6
+    assert (whole[0].phi_values()["features"] != 1).all() and (whole[0].phi_values()["outputs"] != 1).all()
+
+
+@pytest.mark.parametrize("how", [dict(granularity="element", signal="persistence"), dict(granularity="unit", signal="rarity")])
+def test_running_means_resume_bit_for_bit(how):
+    whole, half = made(theta=torch.optim.SGD, **how), made(theta=torch.optim.SGD, **how)
+    for trained, steps in ((whole, 6), (half, 3)):
+        for _ in range(steps):
+            trained[0].apply_vwpr_step(loss_of(trained[0]), *trained[1:])
+    rest = made(net(seed=5), theta=torch.optim.SGD, **how)
+    for o, state in zip(rest, copy.deepcopy([o.state_dict() for o in half])):
+        o.load_state_dict(state)
+    for _ in range(3):
+        rest[0].apply_vwpr_step(loss_of(rest[0]), *rest[1:])
+    assert equal(whole[0].state_dict(), rest[0].state_dict())
+
+
+def test_features_and_outputs_must_fit():
+    m, *_ = made(granularity="feature", features=5)
+    with pytest.raises(ValueError, match="values for 5 features: give features=6"):
+        m(X)
+    m, *_ = made(granularity="output", outputs=4)
+    with pytest.raises(ValueError, match="values for 4 outputs: give outputs=3"):
+        m(X)
+    with pytest.raises(ValueError, match="features=0"):
+        made(granularity="feature")
+    pictures = EnhancedVWPRWrapper(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), granularity="feature", features=12)
+    assert pictures(torch.ones(5, 3, 2, 2)).shape == (5, 2)
 
 
 # History and pictures

@@ -137,6 +137,7 @@ def batch_picture(run):
     "The mean of the last batch, or of the first one to come, as a grey picture."
     return grey_picture(run.data.train[max(0, run.position.get("batch", 0) - 1)][0].float().mean(0), run.data.inputs)
 
+# %% ../../nbs/89_panels.views.ipynb #0021
 @spared
 @torch.no_grad()
 def input_eligibility(run) -> tuple | None:
@@ -156,7 +157,7 @@ def eligibility_view(live: Live):
     step, e, grey = found
     return overlay(e, grey, f"eligibility of the inputs after step {step}", ("mean of the batch", "eligibility on it"), "mean of units")
 
-# %% ../../nbs/89_panels.views.ipynb #0022
+# %% ../../nbs/89_panels.views.ipynb #0024
 @spared
 def value_sample(run) -> dict:
     "What the optimizer tells of its values: of each kind some thousands, their mean and their number."
@@ -174,6 +175,7 @@ def phi_view(live: Live):
     limit = f" at most {k['phi_clip_value']:.3g}," if k["phi_clip_value"] else ""
     return histogram(phi.numpy(), f"φ of {many}:{limit} mean {phi.mean():.2g}", (0.0, top), xlabel="φ: 1 is plain training")
 
+# %% ../../nbs/89_panels.views.ipynb #0025
 def history_lines(run) -> tuple[list[int], list[dict]]:
     "The optimizer's record of its values: steps, and what is known at each by name."
     return list(run.optimizer.history.steps), list(run.optimizer.history.rows)
@@ -184,12 +186,12 @@ def course_view(live: Live):
     names = [n for n in (rows[-1] if rows else ()) if n.endswith("/mean")]
     chosen = sorted(names, key=lambda n: -abs(rows[-1][n] - 1))[:6] if len(names) > 10 else names[:10]
     series = {n.removesuffix("/mean") if len(names) > 1 else "mean": (steps, [row[n] for row in rows]) for n in names if n in chosen}
-    for word, pick in (("min", min), ("max", max)):
-        if any(n.endswith(f"/{word}") for n in (rows[-1] if rows else ())):
-            series["least" if pick is min else "largest"] = steps, [pick(v for n, v in row.items() if n.endswith(f"/{word}")) for row in rows]
+    for name, end, pick in (("least", "/min", min), ("largest", "/max", max)):
+        if any(n.endswith(end) for n in (rows[-1] if rows else ())):
+            series[name] = steps, [pick(v for n, v in row.items() if n.endswith(end)) for row in rows]
     return curves(series, "φ over time", xlim=(0, max(50, live.run.index)), marks=turned(live), width=300)
 
-# %% ../../nbs/89_panels.views.ipynb #0026
+# %% ../../nbs/89_panels.views.ipynb #0029
 def ranked(values: dict[str, float], what: str):
     "Bars of the values as shares of the largest."
     top = max(values.values(), default=1.0) or 1.0
@@ -209,7 +211,7 @@ def value_holders(run) -> tuple:
         return kind, {f"label {c}": phi["samples"][y == c].mean().item() for c in y.unique().tolist()[:12]}
     if kind == "output" and len(phi["outputs"]) <= 12:
         return kind, {f"output {i}": v for i, v in enumerate(phi["outputs"].tolist())}
-    return kind, {name if kind == "tensor" else f"{name} {i}": v for name, i, v in most_valued(phi, 10 if kind != "tensor" else len(phi))}
+    return kind, {name if kind == "tensor" else f"{name} {i}": v for name, i, v in most_valued(phi)}
 
 def holders_view(live: Live):
     "The most valued tensors, units, weights or outputs; features over the mean picture of the batch; labels by their samples."
@@ -218,7 +220,7 @@ def holders_view(live: Live):
         return overlay(*found, "φ of the features", ("mean of the batch", "φ on it"), "φ")
     return ranked(found, {"sample": "mean φ by label", "output": "φ of each output", "": "φ"}.get(kind, f"most valued {kind}s"))
 
-# %% ../../nbs/89_panels.views.ipynb #0029
+# %% ../../nbs/89_panels.views.ipynb #0032
 LEAST, MOST, ACROSS = 12, 6, 6  # samples shown, and in a row
 
 @spared
@@ -237,14 +239,15 @@ def samples_picture(found: list, width: int = 300):
         after = i >= LEAST  # the second part stands lower, under its own heading
         x, y = 8 + i % ACROSS * (side + 4), 36 + i // ACROSS * (side + 16) + 18 * after
         data = base64.b64encode(png((255 * (1 - grey[..., None].repeat(3, 2))).round().astype("uint8"))).decode()
-        out.append(f'<image x="{x}" y="{y}" width="{side}" height="{side}" style="image-rendering:pixelated" href="data:image/png;base64,{data}"/>'
-                   f'<text x="{x + side / 2:g}" y="{y + side + 10}" text-anchor="middle" font-size="9">{label} · {f"{phi:.2g}" if phi >= 0.01 else "&lt;.01"}</text>')
+        size, told = f'width="{side}" height="{side}"', f"{phi:.2g}" if phi >= 0.01 else "&lt;.01"
+        out.append(f'<image x="{x}" y="{y}" {size} style="image-rendering:pixelated" href="data:image/png;base64,{data}"/>'
+                   f'<text x="{x + side / 2:g}" y="{y + side + 10}" text-anchor="middle" font-size="9">{label} · {told}</text>')
     low = 36 + -(-LEAST // ACROSS) * (side + 16)
     out.append(f'<text x="8" y="28" fill-opacity=".7">least valued</text><text x="8" y="{low + 12}" fill-opacity=".7">most valued</text>')
     words = "labels of the least valued: " + ", ".join(str(label) for _, label, _ in found[:LEAST])
     return picture("".join(out), width, low + side + 34, "samples: label · φ", words)
 
-# %% ../../nbs/89_panels.views.ipynb #0031
+# %% ../../nbs/89_panels.views.ipynb #0034
 @spared
 @torch.no_grad()
 def value_places(run) -> tuple:
@@ -252,7 +255,7 @@ def value_places(run) -> tuple:
     kinds = run.optimizer.wrapper.values
     kind = next(iter(kinds))
     if kind == "output":
-        return kind, {f"output {i}": p for i, p in enumerate(kinds[kind].spoken.tolist()[:12])}
+        return kind, {f"output {i}": p for i, p in enumerate(kinds[kind].asked.tolist()[:12])}
     phi = kinds[kind].named(kinds[kind].phi)
     if kind == "feature":
         return kind, {f"feature {i}": v for _, i, v in most_valued(phi)}
@@ -260,19 +263,19 @@ def value_places(run) -> tuple:
     return kind, ({n: blocks(v, 64, 96) for n, v in found.items()}, {n: v.shape for n, v in found.items()})
 
 def places_view(live: Live):
-    "The least and most valued samples; without them heat maps of weights, the most valued features, or how often outputs are spoken."
+    "The least and most valued samples; without them heat maps of weights, the most valued features, or how often outputs are asked for."
     if "sample" in optimizer_knobs(live)["granularity"]:
         return samples_picture(live.look(extreme_samples) or [])
     kind, found = live.look(value_places) or ("output", {})
     if kind == "output":
-        return bars(found, "how often each output is spoken, in training")
+        return bars(found, "how often each output is asked for")
     if kind == "feature":
         return ranked(found, "most valued features")
     maps, sizes = found
     top = max(float(v.max()) for v in maps.values())
     return heatmaps(maps, "φ of each layer", 0.0, top or 1.0, "φ", sizes)
 
-# %% ../../nbs/89_panels.views.ipynb #0035
+# %% ../../nbs/89_panels.views.ipynb #0038
 def plasticity_advice(live: Live) -> list[str]:
     "Sentences about what is wrong with the run and what to try; none when it is well."
     knobs = live.run.recipe.declared["optimizer"](**optimizer_knobs(live))
@@ -285,7 +288,7 @@ def advice_html(sentences: list[str]) -> str:
     style = "line-height:1.35;border-left:3px solid #d55e00;margin:2px 8px 6px"
     return f'<div class="al-advice" role="note" aria-label="diagnosis" style="{style}">{items}</div>' if items else ""
 
-# %% ../../nbs/89_panels.views.ipynb #0038
+# %% ../../nbs/89_panels.views.ipynb #0041
 VIEWS = {  # pictures beside loss and accuracy
     "plasticity": (gates_view, layers_view, heat_view, eligibility_view),
     "vwpr": (phi_view, holders_view, course_view, places_view),
