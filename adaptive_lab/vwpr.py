@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EnhancedVWPRWrapper', 'forward', 'phi_params', 'phi_values', 'apply_vwpr_step', 'step', 'get_extra_state',
-           'set_extra_state', 'get_phi_history', 'visualize_phi_distribution']
+           'set_extra_state', 'get_phi_history', 'visualize_phi_distribution', 'most_valued', 'visualize_samples']
 
 # %% ../nbs/27_vwpr.ipynb #0003
 import math
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .error_signals import Averages, adam_averages, persistence, relative
 from .value_history import History
 from .value_kinds import VWPR, WEIGHTS, check_clip, values_of, watch
-from .value_pictures import phi_figure
+from .value_pictures import most_valued as ranked
+from .value_pictures import phi_figure, samples_figure
 from .value_stream import Slot, scaled, spread
 
 # %% ../nbs/27_vwpr.ipynb #0005
@@ -50,11 +51,9 @@ class EnhancedVWPRWrapper(nn.Module):
         self.steps, self._averages, self._known = 0, {}, ()
         self._watches = watch(self._slots, base_model, self.knobs.memory) if self.knobs.signal == "rarity" else {}
 
-    @property
-    def _slots(self) -> list[Slot]:
-        return self.values[self.weights].slots if self.weights else []
-
 # %% ../nbs/27_vwpr.ipynb #0006
+EnhancedVWPRWrapper._slots = property(lambda self: self.values[self.weights].slots if self.weights else [])
+
 def forward(self, x, *args, **kwargs):
     "What the wrapped model gives, with features multiplied by their values and, in training, margins on outputs."
     kinds = self.values
@@ -113,6 +112,7 @@ def _check_loss(base_loss):
         bad = values[~finite][0].item()
         raise ArithmeticError(f"base_loss is {bad}: no step was made, weights, values and optimizers are as before")
 
+# %% ../nbs/27_vwpr.ipynb #0011
 def _samples(self, losses: Tensor, index, signal) -> tuple[Tensor, Tensor] | None:
     "What the samples of a batch say, and their numbers; None if samples have no values. Raises `ValueError`."
     if "sample" not in self.values:
@@ -134,7 +134,7 @@ def _samples(self, losses: Tensor, index, signal) -> tuple[Tensor, Tensor] | Non
 
 EnhancedVWPRWrapper._check_optimizers, EnhancedVWPRWrapper._samples = _check_optimizers, _samples
 
-# %% ../nbs/27_vwpr.ipynb #0012
+# %% ../nbs/27_vwpr.ipynb #0013
 @torch.no_grad()
 def _weight_signal(self, theta) -> Tensor:  # (number of values,)
     "The signal of each tensor, unit or weight at the present gradient."
@@ -159,6 +159,7 @@ def _steadiness(self, s: Slot, theta) -> Tensor:
         found = own.mean, own.size
     return persistence(*found, self.weights)
 
+# %% ../nbs/27_vwpr.ipynb #0014
 def _rarity(self, s: Slot) -> Tensor:
     "The rarity of a slot's units; 0 for a tensor whose module is not watched."
     eye = self._watches.get(s.name)
@@ -171,7 +172,7 @@ def _rarity(self, s: Slot) -> Tensor:
 for f in (_weight_signal, _steadiness, _rarity):
     setattr(EnhancedVWPRWrapper, f.__name__, f)
 
-# %% ../nbs/27_vwpr.ipynb #0014
+# %% ../nbs/27_vwpr.ipynb #0016
 def apply_vwpr_step(
     self,
     base_loss: Tensor,  # a scalar, or one loss a sample (batch,), of which the mean is taken; with its graph
@@ -192,7 +193,7 @@ def apply_vwpr_step(
     (loss if scaler is None else scaler.scale(loss)).backward()
     return self.step(optimizer_theta, optimizer_phi, scaler, samples)
 
-# %% ../nbs/27_vwpr.ipynb #0016
+# %% ../nbs/27_vwpr.ipynb #0018
 def step(self, optimizer_theta, optimizer_phi, scaler=None, samples=None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Both streams along the present gradients; `samples` is (signals, index), where samples have values. Signals and values, by name.
 
@@ -220,7 +221,7 @@ def _finite(tensors: list[Tensor]) -> bool:
 
 
 
-# %% ../nbs/27_vwpr.ipynb #0017
+# %% ../nbs/27_vwpr.ipynb #0019
 def _forward_signals(self, scale: float) -> dict[str, Tensor]:
     "The signals of features and outputs."
     found = {}
@@ -243,7 +244,7 @@ def _refuse(self, theta, grads, scaler):
     scaler.update()
     return {}, self.phi_values()
 
-# %% ../nbs/27_vwpr.ipynb #0018
+# %% ../nbs/27_vwpr.ipynb #0020
 def _learn(self, signals: dict[str, Tensor], optimizer_phi, samples):
     "The values' step along their signals, and a record of it."
     k, l_map, own = self.knobs, {}, samples[1] if samples else None
@@ -269,7 +270,7 @@ def _record(self, phi: dict[str, Tensor], l_map: dict[str, Tensor]):
 for f in (apply_vwpr_step, step, _forward_signals, _refuse, _learn, _record):
     setattr(EnhancedVWPRWrapper, f.__name__, torch.no_grad()(f) if f is _learn else f)
 
-# %% ../nbs/27_vwpr.ipynb #0020
+# %% ../nbs/27_vwpr.ipynb #0022
 def get_extra_state(self) -> dict:
     "Steps made, and running means that signals are made of."
     averages = {name: [a.mean, a.size] for name, a in self._averages.items()}
@@ -287,7 +288,7 @@ def set_extra_state(self, state: dict):
 
 EnhancedVWPRWrapper.get_extra_state, EnhancedVWPRWrapper.set_extra_state = get_extra_state, set_extra_state
 
-# %% ../nbs/27_vwpr.ipynb #0030
+# %% ../nbs/27_vwpr.ipynb #0032
 def get_phi_history(self) -> History:
     "The record of φ; `to_dataframe()` makes a table of it. Raises `ValueError` if it was not asked for."
     if self.history is None:
@@ -308,3 +309,19 @@ def visualize_phi_distribution(
     return fig
 
 EnhancedVWPRWrapper.get_phi_history, EnhancedVWPRWrapper.visualize_phi_distribution = get_phi_history, visualize_phi_distribution
+
+# %% ../nbs/27_vwpr.ipynb #0036
+def most_valued(self, many: int = 10) -> list[tuple[str, int, float]]:
+    "Name, number and value of those with the largest φ, the largest first."
+    return ranked(self.phi_values(), many)
+
+def visualize_samples(self, X: Tensor, y: Tensor | None = None, many: int = 12, save=None):
+    "A matplotlib figure of the most and the least valued training samples X (n, ...), with their labels y (n,). Raises `ValueError`."
+    if "sample" not in self.values:
+        raise ValueError(f"samples have no values with granularity={self.knobs.granularity!r}: make the wrapper with granularity='sample'")
+    fig = samples_figure(X, self.values["sample"].phi, many, y)
+    if save is not None:
+        fig.savefig(save)
+    return fig
+
+EnhancedVWPRWrapper.most_valued, EnhancedVWPRWrapper.visualize_samples = most_valued, visualize_samples
