@@ -161,7 +161,9 @@ def test_reset_and_refusal(project):
     python(page, "panel._turned('optimizer.lr', 5.0)")
     wait_status(page, "lr=5.0 is not allowed")
     press(page, "Reset")
-    wait_status(page, "ready")
+    page.wait_for_function(  # the old status says ready too: the new one neither refuses nor builds
+        "() => { const t = document.querySelector('.al-panel .widget-html-content')?.innerText ?? ''; return t.includes('ready') && !/allowed|building/.test(t) }"
+    )
     assert "step 0 of" in status(page)
     press(page, "Stop")
     wait_status(page, "stopped")
