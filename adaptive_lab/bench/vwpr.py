@@ -136,7 +136,7 @@ def summary(done: dict[str, Comparison]) -> str:
         out.append(f"| {arm} | {np.mean(v):.2f} | {said} | {'–' if np.isnan(rank) else f'{rank:.2f}'} | {each} |")
     return "\n".join(out)
 
-# %% ../../nbs/97_bench.vwpr.ipynb #0016
+# %% ../../nbs/97_bench.vwpr.ipynb #0018
 JUDGED = {"tables": "ours: features and outputs", "long tail": "ours: outputs", "wrong labels": "ours: samples by margin"}
 
 def table_figures(done: dict[str, Comparison]) -> list[Figure]:
@@ -161,7 +161,7 @@ def digit_figures(name: str, done: Comparison) -> list[Figure]:
     best = max(("generalised cross-entropy", "RHO-loss", "Meta-Weight-Net"), key=mean)
     return [Figure(f"{name}: samples by margin less {best}", mean(JUDGED["wrong labels"]) - mean(best), "points", 0.0, at_least=True)]
 
-# %% ../../nbs/97_bench.vwpr.ipynb #0018
+# %% ../../nbs/97_bench.vwpr.ipynb #0021
 def other_contests(quick: bool = False) -> dict[str, tuple[Contest, dict, dict, dict]]:
     "Title → contest, rivals, ours, and what all rows share."
     words = Contest("adaptive_lab.diversity:measure", {"distinct": True, "new": True, "valid": True})
@@ -178,7 +178,7 @@ def other_contests(quick: bool = False) -> dict[str, tuple[Contest, dict, dict, 
         }
     return found | ({"distinct words, Shakespeare": (words, diversity.RIVALS, diversity.OWN, dict(path=text))} if local_path(text).is_file() else {})
 
-# %% ../../nbs/97_bench.vwpr.ipynb #0021
+# %% ../../nbs/97_bench.vwpr.ipynb #0024
 UNSAID = ("method", "data", "table", "samples", "imbalance", "noise", "hidden", "epochs", "batch", "path", "distractors")  # the row or its title says it
 
 def bench(quick: bool = False) -> Report:
