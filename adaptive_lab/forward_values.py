@@ -39,16 +39,15 @@ class FeatureValues(Values):
         return x * phi.view(shape).to(x.dtype)
 
 # %% ../nbs/25_forward_values.ipynb #0008
-@torch.no_grad()
 def _feature_signal(self, scale: float = 1.0) -> Tensor:  # (features,)
     "The relative worth of each feature by the gradients since the last call; `scale` is what the loss was multiplied by."
-    found = [phi.grad * phi for phi in self._leaves if phi.grad is not None]
-    self._leaves = []
+    found = [phi.grad * phi.detach() for phi in self._leaves if phi.grad is not None]
+    self._leaves.clear()
     u = -sum(found) / scale if found else torch.zeros_like(self.raw)
     if spread():
         dist.all_reduce(u)
     self.mean.lerp_(u, 1 - self.decay)
-    self.size += torch.stack([u.abs().mean(), torch.ones_like(self.size[0])])
+    self.size.add_(torch.stack([u.abs().mean(), u.new_ones(())]))
     size = self.size[0] / self.size[1]
     return torch.where(size > 0, self.mean / size, torch.zeros_like(u))
 
@@ -82,12 +81,11 @@ class OutputValues(Values):
         return adjusted
 
 # %% ../nbs/25_forward_values.ipynb #0012
-@torch.no_grad()
 def _output_signal(self, scale: float = 1.0) -> Tensor:  # (outputs,)
     "How much rarer each output is than its value says, after taking in the batches since the last call; `scale` is what the loss was multiplied by."
-    now, self._now = self._now, []
-    if now:
-        said, error = (torch.stack(x) for x in zip(*now))
+    if self._now:
+        said, error = (torch.stack(x) for x in zip(*self._now))
+        self._now.clear()
         asked = (said.mean(0) - error.sum(0) / scale).clamp(min=0)
         if spread():
             dist.all_reduce(asked)

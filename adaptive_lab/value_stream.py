@@ -9,7 +9,6 @@ __all__ = ['scale_update', 'Values', 'aim', 'settle', 'spread', 'Slot', 'paramet
 # %% ../nbs/24_value_stream.ipynb #0003
 import math
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ def scale_update(
 ):
     "θ ← θ_old + φ·(θ_new − θ_old), exactly θ_new where φ = 1."
     if p.is_complex():
-        return scale_update(torch.view_as_real(old), torch.view_as_real(p), phi.real[..., None])
+        return scale_update(torch.view_as_real(old), torch.view_as_real(p), phi[..., None])
     torch.lerp(old, p, phi.to(p.dtype), out=p)
 
 # %% ../nbs/24_value_stream.ipynb #0010
@@ -39,10 +38,9 @@ class Values(nn.Module):
         like: Tensor,  # a weight of the model: says the device, and the number format
     ):
         super().__init__()
-        ends = list(accumulate(math.prod(shape) for shape in shapes.values()))
-        self.places = {name: (slice(a, b), shape) for (name, shape), a, b in zip(shapes.items(), [0, *ends], ends)}
+        self.shapes, self.sizes = dict(shapes), [math.prod(shape) for shape in shapes.values()]
         wide = torch.promote_types(like.dtype, torch.float32).to_real()
-        self.raw = nn.Parameter(torch.full((ends[-1],), START, dtype=wide, device=like.device), requires_grad=False)
+        self.raw = nn.Parameter(torch.full((sum(self.sizes),), START, dtype=wide, device=like.device), requires_grad=False)
 
     @property
     def phi(self) -> Tensor:  # (number of values,)
@@ -51,7 +49,7 @@ class Values(nn.Module):
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         "A vector with a number for each value as name → tensor of that name's shape; views."
-        return {name: vector[own].view(shape) for name, (own, shape) in self.places.items()}
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), vector.split(self.sizes))}
 
 # %% ../nbs/24_value_stream.ipynb #0013
 def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -76,7 +74,6 @@ def _load_from_state_dict(self, state, prefix, meta, strict, missing, unexpected
 Values._save_to_state_dict, Values._load_from_state_dict, Values._kept = _save_to_state_dict, _load_from_state_dict, _kept
 
 # %% ../nbs/24_value_stream.ipynb #0016
-@torch.no_grad()
 def aim(
     self,
     signal: Tensor,  # (number of values,), or (some,) with `own`
@@ -89,7 +86,6 @@ def aim(
     if own is not None and spread():
         dist.all_reduce(self.raw.grad)  # each process saw some of its own
 
-@torch.no_grad()
 def settle(
     self,
     normalize: bool,  # to mean 1
@@ -98,7 +94,6 @@ def settle(
     "After the optimizer's step: the bounds."
     if normalize or largest < math.inf:
         self.raw.copy_(bounded(self.raw, normalize, largest))
-    self.raw.grad = None
 
 def spread() -> bool:
     "Is this one of several processes?"
@@ -109,11 +104,10 @@ Values.aim, Values.settle = aim, settle
 # %% ../nbs/24_value_stream.ipynb #0019
 @dataclass
 class Slot:
-    "A tensor of the model and where its values are."
+    "A tensor of the model and how its values are shaped."
 
     name: str  # the model's name for it, with dots
     p: nn.Parameter
-    own: slice
     shape: tuple[int, ...]  # of its values; multiplies p
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -130,14 +124,13 @@ class WeightValues(Values):
     def __init__(self, model: nn.Module, granularity: Granularity):
         named = parameters_of(model)
         super().__init__({n: shape_of_values(p, granularity) for n, p in named.items()}, next(p for p in named.values() if p.requires_grad))
-        self.granularity, self.slots = granularity, [Slot(n, p, *self.places[n]) for n, p in named.items()]
+        self.granularity, self.slots = granularity, [Slot(n, p, self.shapes[n]) for n, p in named.items()]
 
 # %% ../nbs/24_value_stream.ipynb #0022
-@torch.no_grad()
 def gradient_signal(self) -> Tensor:  # (number of values,)
     "The size of each tensor's, unit's or weight's gradient."
     found = [s.p.grad for s in self.slots]
-    sizes = [gradient_size(g, self.granularity) if g is not None else self.raw.new_zeros(s.own.stop - s.own.start) for g, s in zip(found, self.slots)]
+    sizes = [gradient_size(g, self.granularity) if g is not None else self.raw.new_zeros(math.prod(s.shape)) for g, s in zip(found, self.slots)]
     return torch.cat(sizes).to(self.raw) if len({x.device for x in sizes}) == 1 else torch.cat([x.to(self.raw) for x in sizes])
 
 WeightValues.gradient_signal = gradient_signal
@@ -150,14 +143,12 @@ class scaled:
         self.values, self.moved = values, moved
 
     def __enter__(self):
-        with torch.no_grad():
-            self.old = [s.p.detach().clone() for s in self.moved]
+        self.old = [s.p.detach().clone() for s in self.moved]
 
-    @torch.no_grad()
     def __exit__(self, error, *_):
-        phi = self.values.phi
+        phi = self.values.named(self.values.phi)
         for s, old in zip(self.moved, self.old):
             if error is not None:
-                s.p.copy_(old)
+                s.p.detach().copy_(old)
             else:
-                scale_update(old, s.p.detach(), phi[s.own].view(s.shape).to(s.p))
+                scale_update(old, s.p.detach(), phi[s.name].to(s.p.device))

@@ -45,34 +45,35 @@ class EnhancedVWPRWrapper(nn.Module):
         check_clip(phi_clip_value)
         self.knobs = VWPR(normalize_phi=normalize_phi, l1_lambda=l1_lambda, phi_clip_value=phi_clip_value or 0.0, **knobs)
         self.base_model = base_model
-        self.values = nn.ModuleDict(values_of(self.knobs, base_model, dict(sample=samples, feature=features, output=outputs)))
+        self.values = nn.ModuleDict(kinds := values_of(self.knobs, base_model, dict(sample=samples, feature=features, output=outputs)))
         self.weights = next((k for k in WEIGHTS if k in self.values), None)  # the kind of its weights' values, if they have some
         self.history = History(history_limit) if track_history else None
         self.steps, self._averages, self._known = 0, {}, ()
+        self.__dict__["kinds"] = kinds  # the same by kind, which a module finds at once
         self._watches = watch(self._slots, base_model, self.knobs.memory) if self.knobs.signal == "rarity" else {}
 
 # %% ../nbs/27_vwpr.ipynb #0006
-EnhancedVWPRWrapper._slots = property(lambda self: self.values[self.weights].slots if self.weights else [])
+EnhancedVWPRWrapper._slots = property(lambda self: self.kinds[self.weights].slots if self.weights else [])
 
 def forward(self, x, *args, **kwargs):
     "What the wrapped model gives, with features multiplied by their values and, in training, margins on outputs."
-    kinds = self.values
+    kinds = self.kinds
     if "feature" in kinds:
         x = kinds["feature"].scale(x, self.training)
     out = self.base_model(x, *args, **kwargs)
     if "output" in kinds and self.training:
-        kinds["output"].strength = self.knobs.margin
+        kinds["output"].__dict__["strength"] = self.knobs.margin
         out = kinds["output"].adjust(out)
     return out
 
 def phi_params(self):
     "The parameters that the second optimizer gets: the raw values, one vector for each kind."
-    yield from (v.raw for v in self.values.values())
+    yield from (v.raw for v in self.kinds.values())
 
 @torch.no_grad()
 def phi_values(self) -> dict[str, Tensor]:
     "Name → the values of that tensor, in a shape that multiplies it; those of features, outputs and samples by these words."
-    return {name: phi for v in self.values.values() for name, phi in v.named(v.phi).items()}
+    return {name: phi for v in self.kinds.values() for name, phi in v.named(v.phi).items()}
 
 for f in (forward, phi_params, phi_values):
     setattr(EnhancedVWPRWrapper, f.__name__, f)
@@ -96,7 +97,7 @@ def _check_optimizers(self, theta, phi) -> list[nn.Parameter]:
     if isinstance(theta, torch.optim.LBFGS) or isinstance(phi, torch.optim.LBFGS):
         raise ValueError("an optimizer is LBFGS, which asks for the loss several times a step: take another")
     moved = {id(p) for p in weights}
-    self._known = asked, weights, [s for s in self._slots if id(s.p) in moved]
+    self.__dict__["_known"] = asked, weights, [s for s in self._slots if id(s.p) in moved]
     return weights
 
 # %% ../nbs/27_vwpr.ipynb #0010
@@ -115,11 +116,11 @@ def _check_loss(base_loss):
 # %% ../nbs/27_vwpr.ipynb #0011
 def _samples(self, losses: Tensor, index, signal) -> tuple[Tensor, Tensor] | None:
     "What the samples of a batch say, and their numbers; None if samples have no values. Raises `ValueError`."
-    if "sample" not in self.values:
+    if "sample" not in self.kinds:
         if index is not None or signal is not None:
             raise ValueError(f"index and signal are for granularity='sample', and this wrapper has {self.knobs.granularity!r}")
         return None
-    n = len(self.values["sample"].raw)
+    n = len(self.kinds["sample"].raw)
     if losses.ndim != 1:
         raise ValueError("base_loss is one number: granularity='sample' needs one loss a sample, (batch,), e.g. cross_entropy(..., reduction='none')")
     if not torch.is_tensor(index) or index.shape != losses.shape or index.dtype != torch.int64:
@@ -135,10 +136,9 @@ def _samples(self, losses: Tensor, index, signal) -> tuple[Tensor, Tensor] | Non
 EnhancedVWPRWrapper._check_optimizers, EnhancedVWPRWrapper._samples = _check_optimizers, _samples
 
 # %% ../nbs/27_vwpr.ipynb #0013
-@torch.no_grad()
 def _weight_signal(self, theta) -> Tensor:  # (number of values,)
     "The signal of each tensor, unit or weight at the present gradient."
-    kind, values = self.knobs.signal, self.values[self.weights]
+    kind, values = self.knobs.signal, self.kinds[self.weights]
     if kind == "gradient":
         return values.gradient_signal()
     rows = [self._steadiness(s, theta) if kind == "persistence" else self._rarity(s) for s in self._slots]
@@ -151,7 +151,7 @@ def _weight_signal(self, theta) -> Tensor:  # (number of values,)
 def _steadiness(self, s: Slot, theta) -> Tensor:
     "The persistence of a slot's gradient, from Adam's state, or from running means of one's own."
     if s.p.grad is None:
-        return torch.zeros(s.own.stop - s.own.start)
+        return torch.zeros(math.prod(s.shape))
     found = adam_averages(theta.state.get(s.p, {}), theta.param_groups[0].get("betas", (0.0, 0.0)))
     if found is None:
         own = self._averages.get(s.name) or self._averages.setdefault(s.name, Averages(s.p.grad))
@@ -164,7 +164,7 @@ def _rarity(self, s: Slot) -> Tensor:
     "The rarity of a slot's units; 0 for a tensor whose module is not watched."
     eye = self._watches.get(s.name)
     if eye is None or eye.units_now is None:
-        return torch.zeros(s.own.stop - s.own.start)
+        return torch.zeros(math.prod(s.shape))
     eye.decay = self.knobs.memory
     units = eye.units_now.view(-1, *(1,) * (s.p.ndim - 1))
     return units.mean().reshape(1) if self.weights == "tensor" else units.expand(s.shape).flatten()
@@ -187,7 +187,7 @@ def apply_vwpr_step(
     self._check_optimizers(optimizer_theta, optimizer_phi)
     _check_loss(base_loss)
     samples = self._samples(base_loss, index, signal)
-    loss = base_loss.mean() if samples is None else self.values["sample"].weigh(base_loss, index, self.knobs.normalize_phi)
+    loss = base_loss.mean() if samples is None else self.kinds["sample"].weigh(base_loss, index, self.knobs.normalize_phi)
     if zero_grad:
         optimizer_theta.zero_grad()
     (loss if scaler is None else scaler.scale(loss)).backward()
@@ -208,7 +208,7 @@ def step(self, optimizer_theta, optimizer_phi, scaler=None, samples=None) -> tup
     sizes_tell = l is not None and self.knobs.signal == "gradient" and len(weights) == len(self._slots)
     if not grads or not _finite([l] if sizes_tell else grads):
         return self._refuse(optimizer_theta, grads, scaler)
-    with scaled(self.values[self.weights], self._known[2]) if self.weights else nullcontext():
+    with scaled(self.kinds[self.weights], self._known[2]) if self.weights else nullcontext():
         optimizer_theta.step() if scaler is None else scaler.step(optimizer_theta)
     if scaler is not None:
         scaler.update()
@@ -225,12 +225,10 @@ def _finite(tensors: list[Tensor]) -> bool:
 def _forward_signals(self, scale: float) -> dict[str, Tensor]:
     "The signals of features and outputs."
     found = {}
-    if "feature" in self.values:
-        self.values["feature"].decay = self.knobs.memory
-        found["feature"] = self.values["feature"].signal(scale)
-    if "output" in self.values:
-        self.values["output"].decay = self.knobs.memory
-        found["output"] = self.values["output"].signal(scale)
+    for kind in ("feature", "output"):
+        if kind in self.kinds:
+            self.kinds[kind].__dict__["decay"] = self.knobs.memory  # setting a module's attribute takes as long as the signal
+            found[kind] = self.kinds[kind].signal(scale)
     return found
 
 def _refuse(self, theta, grads, scaler):
@@ -249,15 +247,15 @@ def _learn(self, signals: dict[str, Tensor], optimizer_phi, samples):
     "The values' step along their signals, and a record of it."
     k, l_map, own = self.knobs, {}, samples[1] if samples else None
     for kind, l in (signals | ({"sample": samples[0]} if samples else {})).items():
-        values = self.values[kind]
+        values = self.kinds[kind]
         l = l.to(values.raw)
         values.aim(relative(l) if k.relative and kind in (*WEIGHTS, "sample") else l, k.l1_lambda, own if kind == "sample" else None)
         l_map |= {"samples": l} if kind == "sample" else values.named(l)
     optimizer_phi.step()
-    for kind, values in self.values.items():
+    for kind, values in self.kinds.items():
         values.settle(k.normalize_phi and kind not in ("sample", "output"), k.phi_clip_value or math.inf)
-    self.steps += 1
-    phi = {n: p for kind, v in self.values.items() for n, p in ({"samples": v.of(own)} if kind == "sample" else v.named(v.phi)).items()}
+    self.__dict__["steps"] += 1
+    phi = {n: p for kind, v in self.kinds.items() for n, p in ({"samples": v.of(own)} if kind == "sample" else v.named(v.phi)).items()}
     self._record(phi, l_map)
     return l_map, phi
 
@@ -268,7 +266,7 @@ def _record(self, phi: dict[str, Tensor], l_map: dict[str, Tensor]):
         self.history.add(self.steps, row | {f"{name}/signal": v.mean().item() for name, v in l_map.items()})
 
 for f in (apply_vwpr_step, step, _forward_signals, _refuse, _learn, _record):
-    setattr(EnhancedVWPRWrapper, f.__name__, torch.no_grad()(f) if f is _learn else f)
+    setattr(EnhancedVWPRWrapper, f.__name__, f)
 
 # %% ../nbs/27_vwpr.ipynb #0022
 def get_extra_state(self) -> dict:
@@ -317,9 +315,9 @@ def most_valued(self, many: int = 10) -> list[tuple[str, int, float]]:
 
 def visualize_samples(self, X: Tensor, y: Tensor | None = None, many: int = 12, save=None):
     "A matplotlib figure of the most and the least valued training samples X (n, ...), with their labels y (n,). Raises `ValueError`."
-    if "sample" not in self.values:
+    if "sample" not in self.kinds:
         raise ValueError(f"samples have no values with granularity={self.knobs.granularity!r}: make the wrapper with granularity='sample'")
-    fig = samples_figure(X, self.values["sample"].phi, many, y)
+    fig = samples_figure(X, self.kinds["sample"].phi, many, y)
     if save is not None:
         fig.savefig(save)
     return fig
