@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from .error_signals import Watch
+from .error_signals import WATCHED, Watch
 from .forward_values import FeatureValues, OutputValues, SampleValues
 from .knobs import Knobs, knob
 from .value_stream import Slot, Values, WeightValues, parameters_of
@@ -35,7 +35,7 @@ class VWPR(Knobs):
 
 # %% ../nbs/26_value_kinds.ipynb #0006
 def check_clip(value):
-    if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+    if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
         raise ValueError(f"phi_clip_value={value!r} is not allowed: the largest value, a finite number > 0, or None for no limit")
 
 def values_of(knobs: VWPR, model: nn.Module, counts: dict[str, int]) -> dict[str, Values]:
@@ -44,7 +44,8 @@ def values_of(knobs: VWPR, model: nn.Module, counts: dict[str, int]) -> dict[str
     made, kinds = {}, knobs.granularity.split("+")
     for kind, n in counts.items():
         if type(n) is not int or n < 0 or bool(n) != (kind in kinds):
-            raise ValueError(f"{kind}s={n!r} is not allowed: how many there are with granularity={kind!r}, else 0; it is {knobs.granularity!r}")
+            do = f"say how many {kind}s there are, 1 or more" if kind in kinds else "leave it out"
+            raise ValueError(f"{kind}s={n!r} does not fit granularity={knobs.granularity!r}: {do}")
     for kind in kinds:
         make = dict(
             feature=lambda: FeatureValues(counts["feature"], like), sample=lambda: SampleValues(counts["sample"], like),
@@ -57,11 +58,11 @@ def values_of(knobs: VWPR, model: nn.Module, counts: dict[str, int]) -> dict[str
 
 # %% ../nbs/26_value_kinds.ipynb #0007
 def watch(slots: list[Slot], model: nn.Module, decay: float) -> dict[str, Watch]:
-    "Hook every module that owns weights; name of the tensor → what watches its module."
+    "Hook linear layers, convolutions and norms; name of the tensor → what watches its module."
     found, of = {}, {id(s.p): s for s in slots}
     for m in model.modules():
         mine = [of[id(p)] for p in m.parameters(recurse=False) if id(p) in of and p.ndim]
-        if mine:
+        if mine and isinstance(m, WATCHED) and not isinstance(m, nn.modules.conv._ConvTransposeNd):
             eye = Watch(len(mine[0].p), decay)
             m.register_forward_hook(eye)
             found |= {s.name: eye for s in mine if len(s.p) == eye.units}

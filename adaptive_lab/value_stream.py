@@ -47,6 +47,13 @@ class Values(nn.Module):
         "The values."
         return value_of(self.raw)
 
+    def _apply(self, fn, recurse=True):
+        "Go where the model goes, and stay float32 or wider."
+        found = fn(self.raw.new_empty(0))
+        for t in (self.raw, *self._buffers.values()):
+            t.data = t.data.to(found.device, torch.promote_types(found.dtype, torch.float32))
+        return self
+
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         "A vector with a number for each value as name → tensor of that name's shape; views."
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), vector.split(self.sizes))}
@@ -78,22 +85,32 @@ def aim(
     self,
     signal: Tensor,  # (number of values,), or (some,) with `own`
     l1: float,  # λ
-    own: Tensor | None = None,  # (some,) int64: whose signals they are; None: all values'
+    own: Tensor | None = None,  # (some,) int64: whose signals they are, those of one that is named twice add up; None: all values'
+    apart: bool = False,  # each process has signals of values of its own
+    sparse: bool = False,  # as a sparse gradient, for an optimizer that takes one
 ):
     "Set the gradient of the raw values."
     g = raw_gradient(self.raw if own is None else self.raw[own], signal, l1)
-    self.raw.grad = g if own is None else torch.zeros_like(self.raw).index_add_(0, own, g)
-    if own is not None and spread():
-        dist.all_reduce(self.raw.grad)  # each process saw some of its own
+    if own is None:
+        self.raw.grad = g
+    elif sparse:
+        self.raw.grad = torch.sparse_coo_tensor(own[None], g, self.raw.shape)
+    else:
+        self.raw.grad = torch.zeros_like(self.raw).index_add_(0, own, g)
+    if apart and spread():
+        dist.all_reduce(self.raw.grad)
 
 def settle(
     self,
     normalize: bool,  # to mean 1
     largest: float = math.inf,
+    own: Tensor | None = None,  # (some,) int64: which of them; None: all
 ):
     "After the optimizer's step: the bounds."
-    if normalize or largest < math.inf:
+    if own is None:
         self.raw.copy_(bounded(self.raw, normalize, largest))
+    else:
+        self.raw[own] = bounded(self.raw[own], normalize, largest)
 
 def spread() -> bool:
     "Is this one of several processes?"
@@ -109,10 +126,12 @@ class Slot:
     name: str  # the model's name for it, with dots
     p: nn.Parameter
     shape: tuple[int, ...]  # of its values; multiplies p
+    at: nn.Module  # where it is,
+    last: str  # and under which name there
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters of a model. Raises `ValueError` if none of them can be trained."
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.numel()}
     if not any(p.requires_grad for p in named.values()):
         why = "has no parameters" if not named else "has only frozen parameters (requires_grad=False)"
         raise ValueError(f"base_model {why}: value weights need at least one that is trained")
@@ -124,7 +143,8 @@ class WeightValues(Values):
     def __init__(self, model: nn.Module, granularity: Granularity):
         named = parameters_of(model)
         super().__init__({n: shape_of_values(p, granularity) for n, p in named.items()}, next(p for p in named.values() if p.requires_grad))
-        self.granularity, self.slots = granularity, [Slot(n, p, self.shapes[n]) for n, p in named.items()]
+        place = lambda name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+        self.granularity, self.slots = granularity, [Slot(n, p, self.shapes[n], *place(n)) for n, p in named.items()]
 
 # %% ../nbs/24_value_stream.ipynb #0022
 def gradient_signal(self) -> Tensor:  # (number of values,)

@@ -23,6 +23,7 @@ from .parts import part
 from .tape import RecipeError
 from .value_history import History
 from .value_kinds import VWPR, Kinds
+from .value_weights import shares
 from .vwpr import EnhancedVWPRWrapper
 
 # %% ../nbs/28_valued_adam.ipynb #0005
@@ -251,5 +252,5 @@ def phi_at(
             phi = phi.clamp(max=top)
             found.append(phi / phi.mean() if normalize_phi else phi)
         else:
-            found.append((phi / mean if normalize_phi and kind != "output" else phi).clamp(max=top))
+            found.append(shares(phi, top) if normalize_phi and kind != "output" else phi.clamp(max=top))
     return torch.cat(found)

@@ -77,7 +77,14 @@ def test_a_step_by_hand(granularity, how):
         if how.get("normalize_phi"):
             mean = torch.cat([v.flatten() for v in value.values()]).mean()
             value = {n: v / mean for n, v in value.items()}
-        value = {n: v.clamp(max=how.get("phi_clip_value") or math.inf) for n, v in value.items()}
+        largest = how.get("phi_clip_value") or math.inf
+        if how.get("normalize_phi") and largest < math.inf:  # what the clip takes is shared out
+            low, high = 0.0, 100.0
+            for _ in range(200):
+                t = (low + high) / 2
+                low, high = (t, high) if torch.cat([v.flatten() for v in value.values()]).mul(t).clamp(max=largest).mean() < 1 else (low, t)
+            value = {n: v * t for n, v in value.items()}
+        value = {n: v.clamp(max=largest) for n, v in value.items()}
         raw = {n: torch.log(torch.exp(v) - 1) for n, v in value.items()}
         for n, p in twin.named_parameters():
             assert torch.allclose(phi_vals[n], value[n], atol=1e-10)
@@ -95,12 +102,12 @@ def test_the_model_descends():
 
 def test_no_drift_without_a_signal():
     "A million steps at l = 0 leave every bit, normalised or not. (The loop is that of Values.learn with SGD.)"
-    start = bounded(raw_of(torch.tensor([0.2, 0.9, 1.0, 1.9])), normalize=True)
-    for normalize in (False, True):
+    for normalize, largest in ((False, 5.0), (True, math.inf), (True, 5.0), (True, 1.5), (True, 1.01)):
+        start = bounded(raw_of(torch.tensor([0.2, 0.9, 1.0, 6.0])), normalize, largest)
         raw, zero = start.clone(), torch.zeros(4)
         for _ in range(100):
-            raw = bounded(raw - 0.1 * raw_gradient(raw, zero, 0.0), normalize, 5.0)
-        once = bounded(raw - 0.1 * raw_gradient(raw, zero, 0.0), normalize, 5.0)
+            raw = bounded(raw - 0.1 * raw_gradient(raw, zero, 0.0), normalize, largest)
+        once = bounded(raw - 0.1 * raw_gradient(raw, zero, 0.0), normalize, largest)
         assert torch.equal(once, raw) and torch.equal(raw, start)  # a fixed point stays one for any number of steps
 
 
@@ -496,7 +503,7 @@ def test_features_and_outputs_must_fit():
     with pytest.raises(ValueError, match="values for 5 features: give features=6"):
         m(X)
     m, *_ = made(granularity="output", outputs=4)
-    with pytest.raises(ValueError, match="values for 4 outputs: give outputs=3"):
+    with pytest.raises(ValueError, match="values for 4 outputs: it must be logits"):
         m(X)
     with pytest.raises(ValueError, match="features=0"):
         made(granularity="feature")
@@ -583,3 +590,187 @@ def test_nothing_to_train():
         EnhancedVWPRWrapper([])
     with pytest.raises(ValueError, match="track_history=True"):
         made()[0].get_phi_history()
+
+
+# What a stranger found
+
+
+@pytest.mark.parametrize("how", [dict(granularity="output", outputs=3), dict(granularity="feature", features=6)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_refused_step_leaves_nothing_behind(how, scaled):
+    m, theta, phi = made(**how)
+    twin, *theirs = made(**how)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    z = m(X)
+    bad = F.cross_entropy(z, Y) + 0 * torch.sqrt(z.sum() * 0)
+    if scaled:
+        assert m.apply_vwpr_step(bad, theta, phi, scaler=scaler)[0] == {}
+    else:
+        with pytest.raises(ArithmeticError):
+            m.apply_vwpr_step(bad, theta, phi)
+    m.apply_vwpr_step(loss_of(m), theta, phi)
+    twin.apply_vwpr_step(loss_of(twin), *theirs)
+    assert equal(m.values.state_dict(), twin.values.state_dict())
+
+
+def test_a_look_at_the_gradient_is_no_step():
+    m, theta, phi = made(granularity="output", outputs=3)
+    twin, *theirs = made(granularity="output", outputs=3)
+    z = m(X)
+    torch.autograd.grad(F.cross_entropy(z, Y) * 1000, list(m.base_model.parameters()), retain_graph=True)
+    m.apply_vwpr_step(F.cross_entropy(z, Y), theta, phi)
+    twin.apply_vwpr_step(loss_of(twin), *theirs)
+    assert equal(m.values.state_dict(), twin.values.state_dict())
+
+
+def test_a_scaler_that_is_switched_off():
+    m, theta, phi = made(granularity="unit")
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    x = m.base_model[0].weight.sum()
+    refused(ArithmeticError, "gradient is not finite", m, theta, phi, loss_of(m) + 0 * torch.sqrt(x - x.detach()), scaler=off)
+    m.apply_vwpr_step(loss_of(m), theta, phi, scaler=off)
+    assert m.steps == 1
+
+
+def test_clipping_with_a_scaler():
+    m, theta, phi = made(granularity="output", outputs=3)
+    twin, *theirs = made(granularity="output", outputs=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(m)).backward()
+    scaler.unscale_(theta)
+    nn.utils.clip_grad_norm_(m.base_model.parameters(), 1e3)
+    m.step(theta, phi, scaler=scaler)
+    twin.apply_vwpr_step(loss_of(twin), *theirs)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(m.parameters(), twin.parameters()))
+
+
+def test_gradients_of_several_batches_with_samples():
+    m, theta, phi = made(granularity="sample", samples=64, normalize_phi=True)
+    rows, found = torch.arange(64), []
+    for part in rows.split(32):
+        losses = F.cross_entropy(m(X[part]), Y[part], reduction="none")
+        (m.weigh(losses, part) / 2).backward()
+        found.append(losses.detach())
+    m.step(theta, phi, samples=(torch.cat(found), rows))
+    assert (m.phi_values()["samples"] != 1).all()
+    for bad in (None, (rows, found[0]), (torch.cat(found), rows + 1), (torch.cat(found) * math.nan, rows), torch.cat(found)):
+        before = snapshot(m, theta, phi)
+        F.cross_entropy(m(X), Y).backward()
+        with pytest.raises(ValueError):
+            m.step(theta, phi, samples=bad)
+        assert equal(before, snapshot(m, theta, phi))
+
+
+def test_parameters_that_changed_after_wrapping_are_named():
+    m, theta, phi = made(granularity="unit")
+    m.apply_vwpr_step(loss_of(m), theta, phi)
+    m.base_model[2] = nn.Linear(8, 3)
+    new = torch.optim.Adam(m.base_model.parameters())
+    with pytest.raises(ValueError, match="2 parameters that base_model got after"):
+        m.apply_vwpr_step(loss_of(m), new, phi)
+    m, theta, phi = made(granularity="unit")
+    m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True)
+    with pytest.raises(ValueError, match="was replaced"):
+        m.apply_vwpr_step(loss_of(m), theta, phi)
+    m, _, phi = made(granularity="unit")
+    m.base_model.append(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="2 parameters that base_model got after"):
+        m.apply_vwpr_step(loss_of(m), torch.optim.Adam(m.base_model.parameters()), phi)
+
+
+def test_optimizers_of_another_copy_are_refused():
+    m, theta, phi = made(granularity="unit")
+    m.apply_vwpr_step(loss_of(m), theta, phi)
+    copied = copy.deepcopy(m)
+    with pytest.raises(ValueError, match="optimizer_theta holds none"):
+        copied.apply_vwpr_step(loss_of(copied), theta, phi)
+
+
+def test_tensors_of_which_nothing_is_heard_keep_their_values():
+    "Frozen, unused, or left to another optimizer: no part in means, no gradient that adds up, no value that moves."
+    for how in (dict(relative=True, normalize_phi=True, phi_clip_value=5.0), dict(l1_lambda=0.5)):
+        m = EnhancedVWPRWrapper(Odd(), granularity="unit", **how)
+        m.base_model.scale.requires_grad_(False)
+        theta = torch.optim.Adam([p for n, p in m.base_model.named_parameters() if not n.startswith("table")], lr=1e-3)
+        phi = torch.optim.SGD(m.phi_params(), lr=0.5)
+        for _ in range(10):
+            m.apply_vwpr_step(loss_of(m), theta, phi)
+        values = m.phi_values()
+        assert all((values[n] == 1).all() for n in ("scale", "fixed", "unused.weight", "table.weight"))
+        added_up = m.base_model.table.weight.grad.norm()
+        m.base_model.zero_grad()
+        loss_of(m).backward()
+        assert added_up < 2 * m.base_model.table.weight.grad.norm()
+        assert (values["block.inner.0.weight"] != 1).all()
+
+
+def test_persistence_reads_each_groups_betas():
+    m = EnhancedVWPRWrapper(net(), granularity="tensor", signal="persistence")
+    theta = torch.optim.Adam([dict(params=m.base_model[0].parameters()), dict(params=m.base_model[2].parameters(), betas=(0.5, 0.9))], lr=1e-9)
+    phi = torch.optim.SGD(m.phi_params(), lr=0.0)
+    for _ in range(3):
+        l_map, _ = m.apply_vwpr_step(loss_of(m), theta, phi)
+    assert abs(l_map["0.weight"].item() - 1) < 1e-3 and abs(l_map["2.weight"].item() - 1) < 1e-3  # the same gradient three times
+
+
+def test_values_of_samples_cost_what_the_batch_costs():
+    "With plain gradient descent or SparseAdam only the values of the batch are touched."
+    for phi in (torch.optim.SGD, torch.optim.SparseAdam):
+        m = EnhancedVWPRWrapper(net(), granularity="sample", samples=1000, phi_clip_value=2.0, l1_lambda=0.0)
+        theta, phi = torch.optim.Adam(m.base_model.parameters()), phi(list(m.phi_params()), lr=0.1)
+        for _ in range(3):
+            m.apply_vwpr_step(loss_of(m, reduction="none"), theta, phi, index=torch.arange(64) + 100)
+        changed = (m.phi_values()["samples"] != 1).nonzero().flatten()
+        assert changed.tolist() == list(range(100, 164)) and m.phi_values()["samples"].max() <= 2.0001
+    m, theta, phi = made(granularity="unit", phi=lambda p, lr: torch.optim.SparseAdam(list(p), lr))
+    refused(ValueError, "SparseAdam", m, theta, phi, loss_of(m))
+
+
+def test_values_stay_wide_and_go_where_the_model_goes():
+    m, *_ = made(granularity="unit")
+    assert raw(m.half()).dtype == torch.float32 and raw(m.double()).dtype == torch.float64
+
+
+def test_what_cannot_be_multiplied_or_heard_is_named():
+    words = EnhancedVWPRWrapper(nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(20, 3)), granularity="feature", features=5)
+    with pytest.raises(ValueError, match="the input is torch.int64"):
+        words(torch.zeros(2, 5, dtype=torch.long))
+    m, theta, phi = made(granularity="output", outputs=3)
+    refused(ValueError, "outputs have values, and the wrapper was not called in training mode", m, theta, phi, F.cross_entropy(m.base_model(X), Y))
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x=None):
+            return {"logits": self.body(x)}
+
+    assert EnhancedVWPRWrapper(Two())(x=X)["logits"].shape == (64, 3)
+    with pytest.raises(ValueError, match="the model's output is dict"):
+        EnhancedVWPRWrapper(Two(), granularity="output", outputs=3)(X)
+    with pytest.raises(ValueError, match="without a positional argument"):
+        EnhancedVWPRWrapper(Two(), granularity="feature", features=6)(x=X)
+
+
+def test_padding_asks_for_nothing():
+    m, theta, phi = made(granularity="output", outputs=3, memory=0.0, l1_lambda=0.0, rate=1.0)
+    y = torch.where(torch.arange(64) < 32, Y, -100)
+    for _ in range(40):
+        m.apply_vwpr_step(F.cross_entropy(m(X), y), theta, phi)
+    assert torch.allclose(m.values["output"].asked, torch.bincount(Y[:32]) / 32, atol=0.03)
+
+
+def test_sparse_gradients():
+    m = EnhancedVWPRWrapper(nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(20, 3)), granularity="unit")
+    theta, phi = torch.optim.SGD(m.base_model.parameters(), lr=0.1), torch.optim.SGD(m.phi_params(), lr=0.1)
+    l_map, _ = m.apply_vwpr_step(F.cross_entropy(m(torch.randint(0, 5, (8, 5))), torch.zeros(8, dtype=torch.long)), theta, phi)
+    assert l_map["0.weight"][:5].all() and not l_map["0.weight"][5:].any()
+
+
+def test_optimizers_must_be_optimizers():
+    m, theta, phi = made()
+    for wrong in (None, m.phi_params(), torch.optim.LBFGS(m.phi_params())):
+        refused_types = pytest.raises(ValueError, match="optimizer_phi is a")
+        with refused_types:
+            m.apply_vwpr_step(loss_of(m), theta, wrong)

@@ -97,7 +97,7 @@ def step_times(network: str, turns: int) -> tuple[float, dict[str, float]]:
     with one_thread():
         steps = {"plain": plain_step(build(), x, y), "Meta-Weight-Net": meta_step(build(), x, y)}
         steps |= {f"values of {g}s": valued_step(build(), x, y, granularity=g) for g in ("tensor", "unit")}
-        steps["values of samples"] = valued_step(build(), x, y, granularity="sample", samples=10_000)
+        steps["values of samples"] = valued_step(build(), x, y, granularity="sample", samples=1_000_000, phi_clip_value=20.0)
         for step in steps.values():
             step()
         rows = [{name: cpu_time(step, many) for name, step in steps.items()} for _ in range(turns)]

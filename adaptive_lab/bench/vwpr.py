@@ -18,6 +18,7 @@ from .figures import Figure, Report
 from .tuned import Contest, grid, group, lines, settings
 from ..data.fetch import local_path
 from ..evidence import Comparison
+from ..reweighting import EMBEDDED
 from ..statistics import holm, paired, verdict
 
 # %% ../../nbs/97_bench.vwpr.ipynb #0004
@@ -69,7 +70,7 @@ def ours(rates: tuple[float, float]) -> dict[str, list[dict]]:
 DIGITS = Contest("adaptive_lab.reweighting:measure", {"accuracy": True, "worst_recall": True, "balanced_accuracy": True})
 TABLE = Contest("adaptive_lab.reweighting:measure", {"auprc": True, "auroc": True})
 PROBLEMS = {
-    "long tail, imbalance 100": dict(samples=20000, imbalance=100.0),
+    "long tail": dict(samples=20000, imbalance=100.0),
     "20% of the labels wrong": dict(samples=5000, noise=0.2),
     "40% of the labels wrong": dict(samples=5000, noise=0.4),
 }
@@ -90,7 +91,7 @@ def digits(name: str, quick: bool = False, **how) -> tuple[Comparison, dict]:
     mine = {name: c for name, c in ours(RATES).items() if name != "ours: weights by persistence"}  # costs as much as all others together
     return group(DIGITS, pick(rivals(RATES)), pick(mine), base, range(5 if quick else 10), range(1000, 1001), **how)
 
-QUICK = ("cross-entropy", "focal", "logit adjustment", "generalised cross-entropy", "ours: outputs", "ours: samples by loss", "ours: samples by margin", "ours: features")
+QUICK = ("cross-entropy", "logit adjustment", "generalised cross-entropy", "ours: outputs", "ours: features and outputs", "ours: samples by margin")
 
 def some(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
     "Two candidates of the rows of a quick run."
@@ -104,7 +105,7 @@ TABLE_RATES = (3e-3, 1e-2)
 def tables(quick: bool = False) -> list[str]:
     "The tables of a run."
     there = [f"adbench/{name}.npz" for name in ADBENCH if local_path(f"adbench/{name}.npz").is_file()]
-    return ["cancer", "diabetes", "digits-8"] if quick or not there else there
+    return ["cancer", "digits-8"] if quick else there or list(EMBEDDED)
 
 def one_table(name: str, quick: bool = False, **how) -> tuple[Comparison, dict]:
     "The contest on one table."
@@ -179,7 +180,7 @@ def other_contests(quick: bool = False) -> dict[str, tuple[Contest, dict, dict, 
     return found | ({"distinct words, Shakespeare": (words, diversity.RIVALS, diversity.OWN, dict(path=text))} if local_path(text).is_file() else {})
 
 # %% ../../nbs/97_bench.vwpr.ipynb #0024
-UNSAID = ("method", "data", "table", "samples", "imbalance", "noise", "hidden", "epochs", "batch", "path", "distractors")  # the row or its title says it
+UNSAID = ("method", "data", "table", "samples", "noise", "hidden", "epochs", "batch", "path", "distractors")  # the row or its title says it
 
 def bench(quick: bool = False) -> Report:
     "Tables, bars and costs."
