@@ -100,6 +100,7 @@ def aim(
     if apart and spread():
         dist.all_reduce(self.raw.grad)
 
+# %% ../nbs/24_value_stream.ipynb #0017
 def settle(
     self,
     normalize: bool,  # to mean 1
@@ -118,7 +119,7 @@ def spread() -> bool:
 
 Values.aim, Values.settle = aim, settle
 
-# %% ../nbs/24_value_stream.ipynb #0019
+# %% ../nbs/24_value_stream.ipynb #0020
 @dataclass
 class Slot:
     "A tensor of the model and how its values are shaped."
@@ -137,6 +138,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError(f"base_model {why}: value weights need at least one that is trained")
     return named
 
+# %% ../nbs/24_value_stream.ipynb #0021
 class WeightValues(Values):
     "The values of a model's tensors, units or single weights."
 
@@ -146,7 +148,7 @@ class WeightValues(Values):
         place = lambda name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
         self.granularity, self.slots = granularity, [Slot(n, p, self.shapes[n], *place(n)) for n, p in named.items()]
 
-# %% ../nbs/24_value_stream.ipynb #0022
+# %% ../nbs/24_value_stream.ipynb #0024
 def gradient_signal(self) -> Tensor:  # (number of values,)
     "The size of each tensor's, unit's or weight's gradient."
     found = [s.p.grad for s in self.slots]
@@ -155,7 +157,7 @@ def gradient_signal(self) -> Tensor:  # (number of values,)
 
 WeightValues.gradient_signal = gradient_signal
 
-# %% ../nbs/24_value_stream.ipynb #0025
+# %% ../nbs/24_value_stream.ipynb #0027
 class scaled:
     "Context: what happens to these tensors inside it is scaled by their values. If it fails they are as before it."
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .error_signals import Averages, adam_averages, persistence, relative
+from .step_checks import all_finite, as_given, check_loss, checked_samples, unscale
 from .value_history import History
 from .value_kinds import VWPR, WEIGHTS, check_clip, values_of, watch
 from .value_pictures import most_valued as ranked
@@ -126,42 +127,16 @@ def _looked_up(self, theta, phi) -> dict:
 EnhancedVWPRWrapper._looked_up = _looked_up
 
 # %% ../nbs/27_vwpr.ipynb #0011
-def _check_loss(base_loss):
-    "Raise unless the loss is a finite tensor with a graph: one number, or one a sample."
-    if not torch.is_tensor(base_loss) or base_loss.ndim > 1 or not base_loss.numel():
-        shown = tuple(base_loss.shape) if torch.is_tensor(base_loss) else type(base_loss).__name__
-        raise ValueError(f"base_loss is {shown}: give a scalar tensor, or one loss a sample, (batch,)")
-    if not base_loss.requires_grad:
-        raise ValueError("base_loss has no graph (requires_grad=False): compute it from the model's output, outside torch.no_grad(), and do not detach it")
-    values = base_loss.detach().reshape(-1)
-    if not math.isfinite(values.sum().item()) and not (finite := values.isfinite()).all():
-        bad = values[~finite][0].item()
-        raise ArithmeticError(f"base_loss is {bad}: no step was made, weights, values and optimizers are as before")
-
-# %% ../nbs/27_vwpr.ipynb #0012
 def _samples(self, losses: Tensor, index, signal) -> tuple[Tensor, Tensor] | None:
     "What the samples of a batch say, and their numbers; None if samples have no values. Raises `ValueError`."
-    if "sample" not in self.kinds:
-        if index is not None or signal is not None:
-            raise ValueError(f"index and signal are for granularity='sample', and this wrapper has {self.knobs.granularity!r}")
-        return None
-    n = len(self.kinds["sample"].raw)
-    if losses.ndim != 1:
-        raise ValueError("base_loss is one number: granularity='sample' needs one loss a sample, (batch,), e.g. cross_entropy(..., reduction='none')")
-    if not torch.is_tensor(index) or index.shape != losses.shape or index.dtype != torch.int64:
-        shown = f"{tuple(index.shape)} of {index.dtype}" if torch.is_tensor(index) else repr(index)
-        raise ValueError(f"index={shown}: granularity='sample' needs the numbers of the samples in the batch, {tuple(losses.shape)} of torch.int64")
-    if int(index.min()) < 0 or int(index.max()) >= n:
-        raise ValueError(f"index has {int(index.min())} to {int(index.max())}: samples are numbered from 0 to {n - 1} (samples={n})")
-    signal = losses.detach() if signal is None else signal.detach() if torch.is_tensor(signal) else signal
-    if not torch.is_tensor(signal) or signal.shape != losses.shape or not signal.isfinite().all():
-        shown = type(signal).__name__ if not torch.is_tensor(signal) else f"{tuple(signal.shape)}{'' if signal.isfinite().all() else ', not finite'}"
-        raise ValueError(f"signal is {shown}: give a tensor with one finite number a sample, {tuple(losses.shape)}")
-    return signal, index
+    if "sample" in self.kinds:
+        return checked_samples(losses, index, signal, len(self.kinds["sample"].raw))
+    if index is not None or signal is not None:
+        raise ValueError(f"index and signal are for granularity='sample', and this wrapper has {self.knobs.granularity!r}")
 
 EnhancedVWPRWrapper._samples = _samples
 
-# %% ../nbs/27_vwpr.ipynb #0014
+# %% ../nbs/27_vwpr.ipynb #0013
 def _weight_signal(self, theta) -> Tensor:  # (number of values,)
     "The signal of each tensor, unit or weight at the present gradient; 0 for those of `_silent`."
     kind, values = self.knobs.signal, self.kinds[self.weights]
@@ -188,7 +163,7 @@ def _steadiness(self, s: Slot, theta) -> Tensor:
         found = own.mean, own.size
     return persistence(*found, self.weights)
 
-# %% ../nbs/27_vwpr.ipynb #0015
+# %% ../nbs/27_vwpr.ipynb #0014
 def _rarity(self, s: Slot) -> Tensor:
     "The rarity of a slot's units; 0 for a tensor whose module is not watched."
     eye = self._watches.get(s.name)
@@ -201,7 +176,7 @@ def _rarity(self, s: Slot) -> Tensor:
 for f in (_weight_signal, _steadiness, _rarity):
     setattr(EnhancedVWPRWrapper, f.__name__, f)
 
-# %% ../nbs/27_vwpr.ipynb #0017
+# %% ../nbs/27_vwpr.ipynb #0016
 def apply_vwpr_step(
     self,
     base_loss: Tensor,  # a scalar, or one loss a sample (batch,), of which the mean is taken; with its graph
@@ -215,7 +190,7 @@ def apply_vwpr_step(
     "One step of both streams: signals and values by name. Raises `ValueError` or `ArithmeticError`, before any change."
     known = self._check_optimizers(optimizer_theta, optimizer_phi)
     try:
-        _check_loss(base_loss)
+        check_loss(base_loss)
     except ArithmeticError:
         self._forget()
         raise
@@ -228,31 +203,31 @@ def apply_vwpr_step(
     (loss if scaler is None else scaler.scale(loss)).backward()
     return self.step(optimizer_theta, optimizer_phi, scaler, samples)
 
-# %% ../nbs/27_vwpr.ipynb #0019
+# %% ../nbs/27_vwpr.ipynb #0018
 def weigh(self, losses: Tensor, index: Tensor) -> Tensor:  # (batch,), (batch,) int64 -> ()
     "The mean loss of a batch, each sample weighted by its value; normalised, the weights have the mean 1 in the batch."
     return self.kinds["sample"].weigh(losses, index, self.knobs.normalize_phi)
 
 EnhancedVWPRWrapper.weigh = weigh
 
-# %% ../nbs/27_vwpr.ipynb #0020
+# %% ../nbs/27_vwpr.ipynb #0019
 def step(self, optimizer_theta, optimizer_phi, scaler=None, samples=None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Both streams along the present gradients; `samples` is (signals, index), where samples have values. Signals and values, by name.
 
     Raises `ArithmeticError`, before any change, if a gradient is not finite; with a scaler the step is skipped, and {} comes first."""
     known = self._check_optimizers(optimizer_theta, optimizer_phi)
     if "sample" in self.kinds or samples is not None:
-        samples = self._samples(*_pair(samples))
+        samples = self._samples(*as_given(samples))
     grads = [p.grad for p in known["weights"] if p.grad is not None]
     if not grads:
         raise ValueError("no parameter that optimizer_theta holds has a gradient: base_loss does not come from this model, or backward() was not called")
     self._check_heard()
     scale = 1.0 if scaler is None else scaler.get_scale()
-    _unscale(scaler, optimizer_theta)
-    if not _finite(grads):
+    unscale(scaler, optimizer_theta)
+    if not all_finite(grads):
         return self._refuse(optimizer_theta, scaler)
     early = self._weight_signal(optimizer_theta) if self.weights and self.knobs.signal != "persistence" else None
-    if early is not None and not _finite([early]):
+    if early is not None and not all_finite([early]):
         return self._refuse(optimizer_theta, None)
     with scaled(self.kinds[self.weights], known["moved"]) if self.weights else nullcontext():
         optimizer_theta.step() if scaler is None else scaler.step(optimizer_theta)
@@ -261,33 +236,14 @@ def step(self, optimizer_theta, optimizer_phi, scaler=None, samples=None) -> tup
     signals = {self.weights: self._weight_signal(optimizer_theta) if early is None else early} if self.weights else {}
     return self._learn(signals | self._forward_signals(scale), optimizer_phi, samples)
 
-# %% ../nbs/27_vwpr.ipynb #0021
-def _finite(tensors: list[Tensor]) -> bool:
-    "Are all their numbers finite? A sum tells at once, unless it overflows by itself."
-    total = torch.stack([t.sum().to(tensors[0].device) for t in tensors]).sum().abs().item()
-    return math.isfinite(total) or all((t._values() if t.is_sparse else t).isfinite().all() for t in tensors)
-
-def _unscale(scaler, theta):
-    "Take the scaler's factor from the gradients, unless the caller has done so, to clip them."
-    try:
-        scaler.unscale_(theta) if scaler is not None else None
-    except RuntimeError as e:
-        if "already been called" not in str(e):
-            raise
-
-def _pair(samples) -> tuple:
-    "`samples` of a step, as `_samples` takes them. Raises `ValueError`."
-    if not isinstance(samples, (tuple, list)) or len(samples) != 2 or not torch.is_tensor(samples[0]):
-        raise ValueError(f"samples is {type(samples).__name__}: where samples have values, give step(…, samples=(signals, index)), each (batch,)")
-    return samples[0], samples[1], samples[0]
-
+# %% ../nbs/27_vwpr.ipynb #0020
 def _check_heard(self):
     "Raise `ValueError` if values that act in the forward pass had no part in it."
     for kind, heard in (("feature", "_leaves"), ("output", "_now")):
         if kind in self.kinds and not getattr(self.kinds[kind], heard):
             raise ValueError(f"{kind}s have values, and the wrapper was not called in training mode: call it, not base_model, and after train()")
 
-# %% ../nbs/27_vwpr.ipynb #0022
+# %% ../nbs/27_vwpr.ipynb #0021
 def _forward_signals(self, scale: float) -> dict[str, Tensor]:
     "The signals of features and outputs."
     found = {}
@@ -313,7 +269,7 @@ def _refuse(self, theta, scaler):
     scaler.update()
     return {}, self.phi_values()
 
-# %% ../nbs/27_vwpr.ipynb #0023
+# %% ../nbs/27_vwpr.ipynb #0022
 def _learn(self, signals: dict[str, Tensor], optimizer_phi, samples):
     "The values' step along their signals, and a record of it."
     k, l_map, own = self.knobs, {}, dict(sample=samples[1]) if samples else {}
@@ -334,7 +290,7 @@ def _learn(self, signals: dict[str, Tensor], optimizer_phi, samples):
     self.__dict__["steps"] += 1
     return l_map, phi
 
-# %% ../nbs/27_vwpr.ipynb #0024
+# %% ../nbs/27_vwpr.ipynb #0023
 def _silent(self) -> set[str]:
     "Names of tensors of which nothing was heard in this step; their values stay, and have no part in means."
     moved = {s.name for s in self._known["moved"] if s.p.grad is not None}
@@ -344,7 +300,7 @@ def _silent(self) -> set[str]:
             eye.units_now = None
     return set(self.kinds[self.weights].shapes) - moved
 
-# %% ../nbs/27_vwpr.ipynb #0025
+# %% ../nbs/27_vwpr.ipynb #0024
 def _record(self, phi: dict[str, Tensor], l_map: dict[str, Tensor]):
     "Mean, smallest and largest value and mean signal by name, if the history wants this step."
     if self.history is not None and self.history.due(self.steps):
@@ -354,7 +310,7 @@ def _record(self, phi: dict[str, Tensor], l_map: dict[str, Tensor]):
 for f in (apply_vwpr_step, step, _check_heard, _forward_signals, _forget, _refuse, _learn, _silent, _record):
     setattr(EnhancedVWPRWrapper, f.__name__, f)
 
-# %% ../nbs/27_vwpr.ipynb #0027
+# %% ../nbs/27_vwpr.ipynb #0026
 def get_extra_state(self) -> dict:
     "Steps made, and running means that signals are made of."
     averages = {name: [a.mean, a.size] for name, a in self._averages.items()}
@@ -372,7 +328,7 @@ def set_extra_state(self, state: dict):
 
 EnhancedVWPRWrapper.get_extra_state, EnhancedVWPRWrapper.set_extra_state = get_extra_state, set_extra_state
 
-# %% ../nbs/27_vwpr.ipynb #0038
+# %% ../nbs/27_vwpr.ipynb #0037
 def get_phi_history(self) -> History:
     "The record of φ; `to_dataframe()` makes a table of it. Raises `ValueError` if it was not asked for."
     if self.history is None:
@@ -394,7 +350,7 @@ def visualize_phi_distribution(
 
 EnhancedVWPRWrapper.get_phi_history, EnhancedVWPRWrapper.visualize_phi_distribution = get_phi_history, visualize_phi_distribution
 
-# %% ../nbs/27_vwpr.ipynb #0042
+# %% ../nbs/27_vwpr.ipynb #0041
 def most_valued(self, many: int = 10) -> list[tuple[str, int, float]]:
     "Name, number and value of those with the largest φ, the largest first."
     return ranked(self.phi_values(), many)
