@@ -142,7 +142,7 @@ JUDGED = {"tables": "ours: features and outputs", "long tail": "ours: outputs", 
 
 def table_figures(done: dict[str, Comparison]) -> list[Figure]:
     "The judged form over all tables, against cross-entropy and by rank."
-    rows = {arm: (np.mean(v), rank) for arm, v, rank in over_tables(done)}
+    rows = {arm: (float(np.mean(v)), rank) for arm, v, rank in over_tables(done)}
     mine, rank = rows[JUDGED["tables"]]
     rivals_rank = min(r for arm, (_, r) in rows.items() if not arm.startswith("ours") and arm not in TREES)
     return [
@@ -152,7 +152,7 @@ def table_figures(done: dict[str, Comparison]) -> list[Figure]:
 
 def digit_figures(name: str, done: Comparison) -> list[Figure]:
     "The judged form of a problem with digits."
-    mean = lambda arm, metric="accuracy": np.mean(list(done.values(arm, metric).values()))
+    mean = lambda arm, metric="accuracy": float(np.mean(list(done.values(arm, metric).values())))
     if name.startswith("long"):
         less = lambda metric: mean(JUDGED["long tail"], metric) - mean("cross-entropy", metric)
         return [
