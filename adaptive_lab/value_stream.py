@@ -94,7 +94,7 @@ def aim(
     if own is None:
         self.raw.grad = g
     elif sparse:
-        self.raw.grad = torch.sparse_coo_tensor(own[None], g, self.raw.shape)
+        self.raw.grad = torch.sparse_coo_tensor(own[None], g, self.raw.shape, check_invariants=False)
     else:
         self.raw.grad = torch.zeros_like(self.raw).index_add_(0, own, g)
     if apart and spread():
