@@ -3,17 +3,20 @@ import math
 
 import pytest
 
+from adaptive_lab import continual, reweighting
 from adaptive_lab.cli import recipe_from_flags
-from adaptive_lab.continual import Protocol
+from adaptive_lab.diversity import Diversity
 from adaptive_lab.knobs import KnobError, Knobs, table, walk
 from adaptive_lab.panels.controls import control
 from adaptive_lab.parts import parts
 from adaptive_lab.tape import RunKnobs
 from adaptive_lab.training import Training
+from adaptive_lab.transfer import Transfer
 
 GROUPS = {("run", None): RunKnobs, ("training", None): Training}
 GROUPS.update({(kind, name): p.knobs for kind in ("data", "model", "optimizer") for name, p in parts(kind).items()})
-RIVALS = {("protocol", None): Protocol, **{("learner", name): p.knobs for name, p in parts("learner").items()}}  # of comparisons, not of a recipe
+RIVALS = {("continual", None): continual.Protocol, ("reweighting", None): reweighting.Protocol, ("transfer", None): Transfer, ("diversity", None): Diversity}
+RIVALS.update({(kind, name): p.knobs for kind in ("learner", "weighting") for name, p in parts(kind).items()})  # of comparisons, not of a recipe
 listed = lambda groups: [pytest.param(where, cls, k, id=f"{where[1] or where[0]}.{k.name}") for where, cls in groups.items() for k in walk(cls)]
 FLAGS, KNOBS = listed(GROUPS), listed(GROUPS | RIVALS)
 
