@@ -189,10 +189,8 @@ def read_recipe(recipe: dict) -> tuple[Diversity, VWPR]:
 
 def wrapped(net: Speller, knobs: Diversity, own: VWPR, n: int) -> tuple[EnhancedVWPRWrapper, torch.optim.SGD]:
     "The wrapper of a generator that learns from `n` distinct words, and its second optimizer."
-    kinds, settings = own.granularity.split("+"), dict(own)
-    settings["phi_clip_value"] = own.phi_clip_value or None
-    counts = {"samples": n} if "sample" in kinds else {}
-    wrapper = EnhancedVWPRWrapper(net, **settings, **counts, **({"outputs": LETTERS} if "output" in kinds else {}))
+    kinds, counts = own.granularity.split("+"), dict(sample=n, output=LETTERS)
+    wrapper = EnhancedVWPRWrapper.of(net, own, **{f"{kind}s": many for kind, many in counts.items() if kind in kinds})
     return wrapper, torch.optim.SGD(list(wrapper.phi_params()), lr=knobs.alpha)
 
 # %% ../nbs/77_diversity.ipynb #0031

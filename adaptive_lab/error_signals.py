@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/20_error_signals.ipynb #0005
-Granularity = Literal["tensor", "unit", "element", "sample"]
+Granularity = Literal["tensor", "unit", "element"]
 
 def shape_of_values(
     p: Tensor,
-    granularity: Granularity,  # not "sample"
+    granularity: Granularity,
 ) -> tuple[int, ...]:  # as many dimensions as p, each its own or 1
     "The shape of the values of a tensor."
     return {"tensor": (1,) * p.ndim, "unit": (*p.shape[:1], *(1,) * (p.ndim - 1)), "element": tuple(p.shape)}[granularity]
@@ -84,12 +84,12 @@ SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm
 WATCHED = (nn.Linear, nn.LayerNorm, *SECOND)
 
 class Watch:
-    "Forward hook of one module: running statistics of its output, and the rarity of its last batch."
+    "Forward hook of one module: running statistics of its output, and the rarity of its units in the last batch."
 
     def __init__(self, units: int, decay: float = 0.9):
         self.units, self.decay = units, decay  # decay: of the running statistics
         self.mean = self.variance = None
-        self.units_now = self.samples_now = None  # rarity of each unit, and of each sample, in the last batch
+        self.units_now = None  # rarity of each unit in the last batch
 
     @torch.no_grad()
     def __call__(self, module, args, out):
@@ -103,8 +103,7 @@ class Watch:
         rows = a.reshape(-1, self.units)
         if self.mean is None:
             self.mean, self.variance = rows.mean(0), rows.var(0, correction=0)
-        r = rarity(rows, self.mean, self.variance)
-        self.units_now, self.samples_now = r.mean(0), r.reshape(len(a), -1).mean(1)
+        self.units_now = rarity(rows, self.mean, self.variance).mean(0)
         self.variance.lerp_((rows - self.mean).square().mean(0), 1 - self.decay)
         self.mean.lerp_(rows.mean(0), 1 - self.decay)
 

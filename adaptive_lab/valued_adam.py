@@ -98,9 +98,7 @@ class ValuedAdam(torch.optim.Optimizer):
         outputs: int = 0,  # of the model, if outputs have values
     ):
         unhook(model)
-        own = {name: value for name, value in knobs if name in VWPR.model_fields}
-        own["phi_clip_value"] = own["phi_clip_value"] or None
-        self.wrapper = EnhancedVWPRWrapper(model, samples=samples, features=features, outputs=outputs, **own)
+        self.wrapper = EnhancedVWPRWrapper.of(model, knobs, samples=samples, features=features, outputs=outputs)
         self.phi = torch.optim.SGD(self.wrapper.phi_params(), knobs.alpha)
         named = [(name, p) for name, p in model.named_parameters()]
         super().__init__([p for _, p in named], knobs.model_dump())
@@ -160,9 +158,7 @@ def zero_grad(self, set_to_none: bool = True):
     "Forget the gradients, and what was heard since the last step."
     self._heed()
     self._told = []
-    for kind, heard in (("feature", "_leaves"), ("output", "_now")):
-        if kind in self.wrapper.values:
-            setattr(self.wrapper.values[kind], heard, [])
+    self.wrapper.forget()
     self.theta.zero_grad(set_to_none)
 
 def step(self, closure=None):

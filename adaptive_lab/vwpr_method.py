@@ -33,10 +33,9 @@ class ValuedTraining(Weighting):
 
     def __init__(self, knobs, problem, model, optimizer, seed):
         super().__init__(knobs, problem, model, optimizer, seed)
-        own, kinds = {n: v for n, v in knobs if n in VWPR.model_fields}, knobs.granularity.split("+")
-        own["phi_clip_value"] = own["phi_clip_value"] or None
+        kinds = knobs.granularity.split("+")
         counts = dict(sample=len(problem.y), feature=problem.inputs[0], output=problem.classes)
-        self.wrapper = EnhancedVWPRWrapper(model, **own, **{f"{kind}s": n for kind, n in counts.items() if kind in kinds})
+        self.wrapper = EnhancedVWPRWrapper.of(model, knobs, **{f"{kind}s": n for kind, n in counts.items() if kind in kinds})
         rate = {"sample": knobs.alpha_sample or knobs.alpha, "feature": knobs.alpha_feature or knobs.alpha}
         self.phi = torch.optim.SGD([dict(params=[v.raw], lr=rate.get(kind, knobs.alpha)) for kind, v in self.wrapper.values.items()])
 
