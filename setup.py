@@ -35,6 +35,7 @@ setup(
             "text = adaptive_lab.data.text",
             "models = adaptive_lab.models",
             "optimizers = adaptive_lab.optimizers",
+            "zoo = adaptive_lab.zoo",
             "plasticity = adaptive_lab.plasticity",
             "continual = adaptive_lab.continual",
             "peers.continual = adaptive_lab.peers.continual",

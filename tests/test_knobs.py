@@ -12,10 +12,11 @@ from adaptive_lab.parts import parts
 from adaptive_lab.tape import RunKnobs
 from adaptive_lab.training import Training
 from adaptive_lab.transfer import Transfer
+from adaptive_lab.zoo import Zoo
 
 GROUPS = {("run", None): RunKnobs, ("training", None): Training}
 GROUPS.update({(kind, name): p.knobs for kind in ("data", "model", "optimizer") for name, p in parts(kind).items()})
-RIVALS = {("continual", None): continual.Protocol, ("reweighting", None): reweighting.Protocol, ("transfer", None): Transfer, ("diversity", None): Diversity}
+RIVALS = {("continual", None): continual.Protocol, ("reweighting", None): reweighting.Protocol, ("transfer", None): Transfer, ("diversity", None): Diversity, ("zoo", None): Zoo}
 RIVALS.update({(kind, name): p.knobs for kind in ("learner", "weighting") for name, p in parts(kind).items()})  # of comparisons, not of a recipe
 listed = lambda groups: [pytest.param(where, cls, k, id=f"{where[1] or where[0]}.{k.name}") for where, cls in groups.items() for k in walk(cls)]
 FLAGS, KNOBS = listed(GROUPS), listed(GROUPS | RIVALS)
