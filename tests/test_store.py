@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 import adaptive_lab.store
 from adaptive_lab import durable
+from adaptive_lab.bench import store as store_bench
 from adaptive_lab.durable import NotWritten, StoreError
 from adaptive_lab.store import Checkpoint, Reader, Store, record_bytes
 from adaptive_lab.tensorfile import PIECE, Corrupt, Missing, Newer, check_file, encode, load_state, save_state
@@ -191,6 +192,18 @@ def test_a_flipped_bit_anywhere_is_named(tmp_path):
             store.load("digits")
         record.write_bytes(good)
     assert not store.verify() and np.isnan(store.checkpoints()[0].metrics["loss"])
+
+
+def test_every_flipped_bit_of_a_small_checkpoint_is_found(tmp_path):
+    "All bits of an object and of its record; of a larger object, a sample."
+    small, large = store_bench.flipped_bits(tmp_path, 50), store_bench.flipped_bits(tmp_path, 1_000_000, sample=60)
+    assert small["missed"] == 0 and small["flips"] == 8 * small["bytes"] > 5000
+    assert large["missed"] == 0 and large["flips"] == 120
+
+
+def test_a_flip_that_nobody_looks_for_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(Store, "load", lambda self, run: None)
+    assert store_bench.flipped_bits(tmp_path, 10, sample=5)["missed"] == 10
 
 
 def test_each_damaged_tensor_is_named_with_its_piece(tmp_path):
@@ -526,16 +539,37 @@ def test_the_order_of_the_calls(tmp_path, monkeypatch):
     assert calls == [("sync", "objects"), ("sync", "scratch"), ("name", "digits"), ("sync", "digits")]
 
 
-def test_killed_at_200_random_moments(tmp_path):
+def kill_writer(*args):
+    "What the script of kills tells, run in a process of its own that has no threads."
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(HERE / "kill_writer.py"), str(tmp_path / "store"), "200", "0"],
-                          capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run([sys.executable, str(HERE / "kill_writer.py"), *map(str, args)], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
-    assert told["rounds"] == 200
-    assert told["inside"] >= 120, f"too few kills came inside save: {told}"
+    return json.loads(done.stdout)
+
+
+def test_killed_at_200_random_moments(tmp_path):
+    told = kill_writer("random", tmp_path / "small", 160, 2000)
+    large = kill_writer("random", tmp_path / "large", 40, 700_000)    # 2.8 MB
+    for part in (told, large):
+        assert part["torn"] == part["lost"] == 0, part
+    assert told["kills"] + large["kills"] == 200
+    assert told["inside"] + large["inside"] >= 120, f"too few kills came inside save: {told}"
     assert told["temporary"] >= 20 and told["orphans"] >= 10, f"the kills did not reach every part of save: {told}"
     assert told["committed"] >= 20, f"too few commits to lose: {told}"
+
+
+def test_ended_at_every_hundredth_call_of_each_deed(tmp_path):
+    "The bench does it at each call, and cuts the writes at each byte."
+    told = kill_writer("every", tmp_path, 100)
+    assert set(told) == {*store_bench.DEEDS, "a write cut short"}
+    assert all(t["kills"] >= 2 and t["torn"] == t["lost"] == 0 for t in told.values()), told
+
+
+@pytest.mark.parametrize("broken", ["record first", "written in place"])
+def test_the_kills_find_a_store_that_is_wrong(tmp_path, broken):
+    "Else they would prove nothing."
+    told = kill_writer("every", tmp_path, 25, broken)
+    assert told["save"]["torn"] + told["save"]["lost"] + told["a write cut short"]["torn"] > 0, told
 
 
 def test_several_writers_and_a_cleaner(tmp_path):
