@@ -155,7 +155,7 @@ def rates(population: Population, budgets=(1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0), e
                 x, z = flatten(population.layout, state), flatten(population.layout, made)
                 share = float(((x - z) ** 2).sum() / ((x - x.mean()) ** 2).sum())
                 found.append(fidelity(judge, state, made) | {"bits": code.bits, "weights left": share})
-            rows.append(row_of(name, found) | {"bound": 4.0 ** -float(np.mean([f["bits"] for f in found]))})
+            rows.append(row_of(name, found) | {"gaussian bound": 4.0 ** -float(np.mean([f["bits"] for f in found]))})
     return rows
 
 # %% ../nbs/75_decoding.ipynb #0020
@@ -170,7 +170,7 @@ def picture(rows: list[dict]):
             ax.plot([r["bits"] for r in mine], [r[key] for r in mine], "o-", ms=3, label=name)
     for ax, title in zip(axes, ("outputs", "weights")):
         b = np.linspace(1.5, 6, 50)
-        ax.plot(b, 4.0**-b, "k--", lw=1, label="$2^{-2b}$")
+        ax.plot(b, 4.0**-b, "k--", lw=1, label="$2^{-2b}$, iid Gaussian")
         ax.set(yscale="log", xlabel="bits a weight", ylabel="$1 - R^2$", title=title), ax.legend(fontsize=7)
     fig.tight_layout()
     return fig

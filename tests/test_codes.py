@@ -244,3 +244,11 @@ def test_a_network_that_says_nothing_is_coded_too():
     judge, state = judged("mlp", (12,)), {n: torch.zeros_like(t) for n, t in model_of("mlp").state_dict().items()}
     code, made = encode(state, 2.0, judge)
     assert digest(made) == digest(state) and code.bits <= 2
+
+
+@pytest.mark.parametrize("make", [lambda s, b: encode(s, b), lambda s, b: encode_plainly(s, b)], ids=["levels", "rows"])
+def test_no_code_of_independent_gaussian_weights_beats_the_bound(make):
+    state = {"w": torch.randn(48, 64, generator=torch.Generator().manual_seed(1))}
+    for bits in (2, 3, 4, 6):
+        code, made = make(state, bits)
+        assert ((state["w"] - made["w"]) ** 2).mean() / state["w"].var() > 4.0**-code.bits  # else bits were not counted

@@ -154,13 +154,14 @@ def starts_by_hand(unseen: Looked, pool: np.ndarray, states: dict[int, State], X
             "best, head solved": with_head(best, judge, X, y), "fittest features, head solved": with_head(fit, judge, X, y)}
 
 # %% ../../nbs/76_applications.starts.ipynb #0017
-STEPS, RATES = (25, 100, 400), (1e-3, 3e-3, 1e-2)
+STEPS, RATES = (25, 100, 400), (1e-3, 3e-3, 1e-2, 3e-2)
 
 def starts(
     learnt: Looked,
     unseen: Looked,
     samples: tuple[int, ...] = (50, 200),  # of the new task, with labels
     steps: tuple[int, ...] = STEPS,
+    rates: tuple[float, ...] = RATES,  # of Adam, each tried
     runs: int = 12,  # in a pool
     seed: int = 0,
     knobs: Prediction | None = None,
@@ -180,7 +181,7 @@ def starts(
             own = {"aligned soup": mixed, "point chosen without labels": points[int(expected(by_outputs, judge, points, rest).argmax())],
                    "aligned soup, head solved": with_head(mixed, judge, X, y)}
             both = (("rival", starts_by_hand(unseen, pool, states, X, y, draw)), ("ours", own))
-            found += [(dict(choice=c, kind=kind, draw=draw, samples=n, task=task, rate=r), s, X, y, *test) for kind, of in both for c, s in of.items() for r in RATES]
+            found += [(dict(choice=c, kind=kind, draw=draw, samples=n, task=task, rate=r), s, X, y, *test) for kind, of in both for c, s in of.items() for r in rates]
     return [row for n in samples for row in _trials([f for f in found if f[0]["samples"] == n], judge, steps)]
 
 # %% ../../nbs/76_applications.starts.ipynb #0018

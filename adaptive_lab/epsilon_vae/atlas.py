@@ -99,19 +99,19 @@ def chart(
     knobs = knobs or Charting()
     found = list(source) if isinstance(source, (list, tuple)) else [source] if isinstance(source, Population) else populations(source)
     judges = list(evaluators) if evaluators else [p.evaluator() if p.has_recipe() else None for p in found]
-    together, described = _together(found, judges)
+    together, described = _together(found, judges, progress)
     behaviour = None if together.logits is None else behaviour_of(torch.from_numpy(together.logits), knobs.directions)
     codes = _statistics(together.weights) if behaviour is None else behaviour.encode(torch.from_numpy(together.logits))
-    predictor = PerformancePredictor().fit(together) if len(set(together.groups.tolist())) > 1 and together.names else None
+    predictor = PerformancePredictor().fit(together, progress=progress) if len(set(together.groups.tolist())) > 1 and together.names else None
     vae, losses = _trained(codes, torch.from_numpy(together.metrics).float(), knobs, progress)
     return _placed(Atlas(knobs, found, judges, described, behaviour, codes, vae, torch.zeros(0), np.zeros(0), predictor, losses))
 
 # %% ../../nbs/48_epsilon_vae.atlas.ipynb #0010
-def _together(found: list[Population], judges: list) -> tuple[Described, list[Described]]:
+def _together(found: list[Population], judges: list, progress: bool) -> tuple[Described, list[Described]]:
     "What is seen of all populations, and of each. Raises `ValueError` where outputs differ in shape."
     names = metric_matrix([c.metrics for p in found for c in p.rows])[1]
     known = all(j is not None for j in judges)
-    described = [_with_metrics(describe(p, j, outputs=known, positions=3), p, names) for p, j in zip(found, judges)]
+    described = [_with_metrics(describe(p, j, outputs=known, positions=3, progress=progress), p, names) for p, j in zip(found, judges)]
     shapes = {d.logits.shape[1:] for d in described if known}
     if len(shapes) > 1:
         raise ValueError(f"outputs on the probes have shapes {', '.join(map(str, sorted(shapes)))}: these checkpoints answer different questions, chart them apart")

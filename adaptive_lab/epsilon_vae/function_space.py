@@ -113,7 +113,7 @@ def rounded(gain: Tensor) -> Tensor:
 class Functions(Knobs):
     "An autoencoder of units as functions."
 
-    basis: int = knob(64, "functions in a layer's basis, the most latents a unit can have", ge=1, le=1000, live=False)
+    basis: int = knob(200, "functions in a layer's basis, the most latents a unit can have", ge=1, le=1000, live=False)
     step: float = knob(0.008, "step to which latents are rounded, in units of the outputs' spread; 0: not rounded", ge=0, le=10, log=True)
     ridge: float = knob(1e-5, "regularisation of each layer's regression, as a share of its mean square input", gt=0, le=1, log=True)
     jitter: float = knob(0.3, "size of noise on a second copy of the probes, as a share of the inputs' spread; 0: no copy", ge=0, le=10, live=False)

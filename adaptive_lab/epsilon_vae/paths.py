@@ -139,7 +139,7 @@ def picture(curves: dict[str, dict[str, np.ndarray]], title: str = "Paths betwee
 
     ax = plt.subplots(figsize=(7, 4), dpi=72, layout="constrained")[1] if ax is None else ax
     ends = np.mean([[c["accuracy"][0], c["accuracy"][-1]] for c in curves.values()], 0)
-    ax.plot([0, 1], ends, color="0.5", ls=":", label="blend of the ends")
+    ax.plot([0, 1], ends, color="black", ls=":", label="blend of the ends")
     for i, (name, c) in enumerate(curves.items()):
         ax.plot(c["t"], c["accuracy"], label=name, color=f"C{i % 10}", ls=("-", "--", "-.")[i // 10 % 3])
     ax.set(xlabel="t", ylabel="accuracy on test samples", title=title)

@@ -64,7 +64,7 @@ def describe(
     "Read a population once. Raises `ValueError` for weights that are not finite, with run and step."
     from tqdm import tqdm
 
-    if outputs and evaluator is None and isinstance(population.rows[0].recipe, dict):
+    if outputs and evaluator is None and population.has_recipe():
         evaluator = population.evaluator()
     layers = sum(slot.kind in ("matrix", "kernel") for slot in population.layout.slots)
     positions, signs, said = positions or min(8, max(1, layers)), [], []
@@ -231,7 +231,7 @@ class PerformancePredictor:
     def fit(self, data, evaluator: Evaluator | None = None, progress: bool = True) -> "PerformancePredictor":
         "Learn from a `Population`, a `Described`, or (features (n, f), metrics by name, groups (n,)). Raises `ValueError`."
         if isinstance(data, Population):
-            if evaluator is None and isinstance(data.rows[0].recipe, dict) and {"outputs", "consensus"} & set(self.use):
+            if evaluator is None and data.has_recipe() and {"outputs", "consensus"} & set(self.use):
                 evaluator = data.evaluator()
             data = describe(data, evaluator, outputs=evaluator is not None, progress=progress)
         self.evaluator, self.progress = evaluator, progress

@@ -120,7 +120,7 @@ def on_prediction(report: Report, share: float = 0.25):
         report.add("Prediction of metrics", f"<p>There are {len(runs)} runs with metrics; eight are needed to tell on some what was learnt on others.</p>")
         return
     held = np.isin(together.groups, np.random.default_rng(atlas.knobs.seed).permutation(runs)[: max(2, round(share * len(runs)))])
-    said = PerformancePredictor().fit(together.rows(~held)).predict_many(together.rows(held))
+    said = PerformancePredictor().fit(together.rows(~held), progress=False).predict_many(together.rows(held))
     rows = []
     for name, found in said.items():
         y = together.metrics[held, together.names.index(name)]
