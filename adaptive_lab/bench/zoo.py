@@ -21,6 +21,8 @@ ZOOS = {
     "digits": [Zoo(runs=80)],
     "digits again": [Zoo(runs=80, seed=7)],
     "widths": [Zoo(runs=16, width=w) for w in (16, 24, 48)],
+    "widths again": [Zoo(runs=30, width=w, seed=12) for w in (16, 24, 32, 48)],
+    "digits for use": [Zoo(runs=120, seed=11)],
     "mnist": [Zoo(runs=64, model="cnn", width=8, source="mnist", most=20_000, steps=600)],
 }
 QUICK = {"quick": [Zoo(runs=12, steps=300)]}
@@ -53,7 +55,7 @@ def described(name: str, found: list[Population]) -> tuple[list[str], list[Figur
         end = np.percentile(table[p.last()], (0, 25, 50, 75, 100), axis=0).round(3)
         quartiles = lambda c: " · ".join(f"{x:.3f}" for x in c)
         rows.append(f"| {name} | {len(p.runs)} | {len(p)} | {p.layout.size:,} | {quartiles(end[:, 0])} | {quartiles(end[:, 1])} |")
-    figures.append(Figure(f"{name}: runs", sum(len(p.runs) for p in found), bar=48 if name == "widths" else 60, at_least=True))
+    figures.append(Figure(f"{name}: runs", sum(len(p.runs) for p in found), bar=48 if name.startswith("widths") else 60, at_least=True))
     figures.append(Figure(f"{name}: fewest checkpoints of a run", min(np.bincount(p.groups).min() for p in found).item(), bar=16, at_least=True))
     return rows, figures
 
