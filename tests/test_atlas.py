@@ -17,6 +17,8 @@ from adaptive_lab.epsilon_vae.report import make_report, objectives_of
 from adaptive_lab.epsilon_vae.weights import layout_of
 from adaptive_lab.evaluator import Evaluator
 from adaptive_lab.panels.atlas import AtlasPanel
+from adaptive_lab.panels.landscape import LandscapePanel
+from adaptive_lab.epsilon_vae.landscape import random_plane, run_plane
 from adaptive_lab.run import state_digest
 from adaptive_lab.store import Store
 from adaptive_lab.zoo import Zoo, grow
@@ -289,3 +291,29 @@ def test_the_slider_needs_two_marks_and_follows_them(atlas, tmp_path):
     panel.t.value = 0.5
     found = panel.measure()
     assert found.origin["t"] == 0.5 and [x["run"] for x in found.origin["between"]] == [atlas.rows[panel.marked[k]].run for k in "AB"]
+
+
+def test_a_click_into_the_landscape_is_a_verified_checkpoint(folder, tmp_path):
+    p = populations(folder)[0]
+    panel = LandscapePanel(run_plane(p, p.runs[0]), p.evaluator(), tmp_path, p.rows[0].recipe, n=7)
+    assert not panel.slice.done.all()
+    while panel.advance():
+        pass
+    panel.draw()
+    assert panel.slice.done.all() and "measured;" not in panel.progress.value
+    panel.map.point = panel.frame.to_pixels((0.3, -0.2)).tolist()
+    panel.save()
+    kept = panel.store.load("mine")
+    assert kept["origin"]["place"] == pytest.approx([0.3, -0.2]) and kept["verified"]["measured"] == panel.verified.measured
+    assert state_digest(kept["model"]) == state_digest(panel.plane.point(*kept["origin"]["place"]))
+
+
+def test_the_landscape_goes_on_in_the_event_loop(folder, tmp_path):
+    p = populations(folder)[0]
+
+    async def drive():
+        panel = LandscapePanel(random_plane(p.state(0)), p.evaluator(), tmp_path, n=9)
+        await asyncio.wait_for(panel.follow(), 60)
+        return panel
+
+    assert asyncio.run(drive()).slice.done.all()
