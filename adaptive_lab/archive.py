@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_ENTRIES', 'MAX_PICKLE', 'MAX_VALUES', 'SCALARS', 'MAX_STACK', 'MAX_MEMORY', 'Refused', 'Described', 'Paper',
-           'follow', 'look']
+           'add', 'follow', 'look']
 
 # %% ../nbs/14_archive.ipynb #0003
 import math
@@ -83,6 +83,7 @@ def _apart(entries: dict, header: int, end: int) -> dict:
             raise ValueError(f"its entry {name!r} overlaps what follows it")
     return entries
 
+# %% ../nbs/14_archive.ipynb #0011
 def _long_form(extra: bytes, packed: int, size: int, place: int) -> tuple[int, int, int]:
     "The figures of an entry that do not fit 32 bits, from its field of kind 1. Raises ValueError."
     kind, length = struct.unpack_from("<HH", extra)
@@ -90,7 +91,7 @@ def _long_form(extra: bytes, packed: int, size: int, place: int) -> tuple[int, i
     size, packed, place = (next(wide) if x == 2**32 - 1 else x for x in (size, packed, place))
     return packed, size, place
 
-# %% ../nbs/14_archive.ipynb #0011
+# %% ../nbs/14_archive.ipynb #0012
 def _read_entry(f, entries: dict, name: str, most: int) -> bytes:
     "The bytes of an entry. Raises ValueError."
     place, size = entries.get(name, (0, most + 1))
@@ -104,13 +105,17 @@ def _read_entry(f, entries: dict, name: str, most: int) -> bytes:
         raise ValueError(f"its {name} is not where the table says")
     return raw
 
-# %% ../nbs/14_archive.ipynb #0016
+# %% ../nbs/14_archive.ipynb #0017
 MAX_VALUES = 5_000_000    # plain values of a state
+
 _NUMBERS = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
             "ComplexFloat": 8, "ComplexDouble": 16}
+
 _STORAGES = {**{f"torch {name}Storage": size for name, size in _NUMBERS.items()},
              "torch.storage UntypedStorage": 1, "torch.storage TypedStorage": 1, "torch UntypedStorage": 1}
+
 _DTYPES = {f"torch {d}": getattr(torch, d).itemsize for d in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")}
+
 SCALARS = ("numpy.core.multiarray scalar", "numpy._core.multiarray scalar")
 
 @dataclass(eq=False, slots=True)
@@ -126,6 +131,7 @@ def _is(x, *kinds: str) -> bool:
     "Is it a description of one of these kinds?"
     return isinstance(x, Described) and x.kind in kinds
 
+# %% ../nbs/14_archive.ipynb #0018
 def _weigh(values) -> int:
     "The weight of values that become part of another one. What is inside another one is complete."
     total = 1
@@ -138,7 +144,7 @@ def _weigh(values) -> int:
         raise ValueError(f"it unfolds to more than {MAX_VALUES} values")
     return total
 
-# %% ../nbs/14_archive.ipynb #0017
+# %% ../nbs/14_archive.ipynb #0019
 class Paper:
     "The stack, the stacks below its marks and the memory of a pickle, with descriptions in the place of objects."
 
@@ -164,16 +170,19 @@ class Paper:
     def tuple(self, values: list):
         self.stack.append(Described("tuple", tuple(values), _weigh(values)))
 
-    def add(self, values: list, *kinds: str):
-        "Put values into the container on top."
-        into = self.stack[-1]
-        if not isinstance(into, Described) or into.kind not in kinds or into.inside:
-            raise ValueError("something is put into what is no container, or no longer open")
-        into.weight += _weigh(values)
-        _weigh([into])
-        into.inside = False
-
 # %% ../nbs/14_archive.ipynb #0020
+def add(self, values: list, *kinds: str):
+    "Put values into the container on top."
+    into = self.stack[-1]
+    if not isinstance(into, Described) or into.kind not in kinds or into.inside:
+        raise ValueError("something is put into what is no container, or no longer open")
+    into.weight += _weigh(values)
+    _weigh([into])
+    into.inside = False
+
+Paper.add = add
+
+# %% ../nbs/14_archive.ipynb #0023
 def _whole(values) -> list[int]:
     "The whole numbers of a tuple, none negative. Raises ValueError."
     values = values.value if _is(values, "tuple", "size") else None
@@ -200,7 +209,7 @@ def _tensor(paper: Paper, args: tuple, itemsize: int | None = None) -> Described
     paper.tensors[key, place, tuple(shape), tuple(strides)] = n * itemsize
     return Described("tensor")
 
-# %% ../nbs/14_archive.ipynb #0023
+# %% ../nbs/14_archive.ipynb #0026
 def _storage(paper: Paper, x) -> Described:
     "The tuple `('storage', type, key, device, numbers)` by which a pickle points at an entry. Raises ValueError."
     word, kind, key, device, n = x.value
@@ -223,7 +232,7 @@ _CALLS = {    # global: (kind of the result, is it called rightly?)
     **dict.fromkeys(SCALARS, ("scalar", lambda dtype, raw: _is(dtype, "dtype") and (_is(raw, "bytes") or type(raw) is bytes))),
 }
 
-# %% ../nbs/14_archive.ipynb #0024
+# %% ../nbs/14_archive.ipynb #0027
 _BUILDERS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3")
 _KNOWN = {*_CALLS, *_STORAGES, *_DTYPES, *_BUILDERS}
 
@@ -249,7 +258,7 @@ def _build(paper: Paper):
         raise ValueError("it hangs a state on an object that has none in a state of tensors")
     into.weight += _weigh([state])
 
-# %% ../nbs/14_archive.ipynb #0025
+# %% ../nbs/14_archive.ipynb #0028
 def _global(paper: Paper, name: str):
     if name not in _KNOWN:
         raise ValueError(f"it names {name.replace(' ', '.')[:120]!r}, which is not among what a state of tensors needs; nothing was run")
@@ -279,7 +288,7 @@ _STEPS = {
     "SETITEM": lambda p, _: p.add(p.take(2), "dict", "ordered"), "SETITEMS": lambda p, _: p.add(p.to_mark(), "dict", "ordered"),
 }
 
-# %% ../nbs/14_archive.ipynb #0026
+# %% ../nbs/14_archive.ipynb #0029
 MAX_STACK = 10_000     # values that wait on the stack: the longest tuple
 MAX_MEMORY = 20_000    # values that are remembered, beside 40 for each tensor
 
@@ -307,7 +316,7 @@ def follow(raw: bytes, sizes: dict[str, int]) -> Paper:
         raise ValueError("its views of the same storages are more than four times as large as these")
     return paper
 
-# %% ../nbs/14_archive.ipynb #0029
+# %% ../nbs/14_archive.ipynb #0032
 def look(path: Path):
     "Look at a `.pt` file without running any of it. Raises `Refused`, `Missing`."
     with opened(path) as f:

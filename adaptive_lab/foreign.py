@@ -57,12 +57,13 @@ def _give_up(folder: Path, size: int, limits: Limits):
                 resource.setrlimit(kind, (most, most))
     sys.addaudithook(watch)
 
+# %% ../nbs/15_foreign.ipynb #0007
 def _writes(args) -> bool:
     "Does this `open` ask for more than reading?"
     path, mode, flags = args
     return isinstance(path, (str, bytes)) and bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
 
-# %% ../nbs/15_foreign.ipynb #0008
+# %% ../nbs/15_foreign.ipynb #0009
 def _numpy_globals() -> list:
     "What numpy's scalars need of torch's restricted loading, under the names of numpy 1 and 2."
     import numpy as np
@@ -82,6 +83,7 @@ def _check_sizes(state):
             seen.add(id(x))
             todo += x.values() if isinstance(x, dict) else x
 
+# %% ../nbs/15_foreign.ipynb #0010
 def _convert(path: str, out: str, limits: Limits) -> int:
     "Read one file within the limits and write `out`, or why not beside it; gives the exit status."
     try:
@@ -105,7 +107,7 @@ def _say(out: str, why: str):
     with open(out + ".why", "w", encoding="utf-8") as f:
         f.write(why)
 
-# %% ../nbs/15_foreign.ipynb #0009
+# %% ../nbs/15_foreign.ipynb #0011
 def _serve(jobs: list, limits: Limits):
     "Read the files of a list, each in a forked process where there are such: `[[path, out], ...]`."
     os.cpu_count = lambda: 1    # one thread: a process that may start none writes the digests alone
@@ -122,6 +124,7 @@ def _serve(jobs: list, limits: Limits):
             finally:
                 os._exit(status)
 
+# %% ../nbs/15_foreign.ipynb #0012
 def _wait(pid: int, out: str, limits: Limits):
     "Wait for a reader as long as it may take, then end it; say so where it has not said why."
     end, done = time.monotonic() + limits.seconds, (0, 0)
@@ -139,7 +142,7 @@ def _wait(pid: int, out: str, limits: Limits):
         late = -status in (signal.SIGXCPU, signal.SIGKILL)
         _say(out, f"the process that read it was ended ({'out of time or memory, ' * late}status {status})")
 
-# %% ../nbs/15_foreign.ipynb #0011
+# %% ../nbs/15_foreign.ipynb #0014
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from adaptive_lab import foreign; foreign._begin(sys.argv[2])"
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")    # of the environment: what starting Python takes
 
@@ -170,7 +173,7 @@ def _run(jobs: list, folder: Path, limits: Limits):
         said = (folder / "said").read_bytes()[-1000:].decode(errors="replace")
         raise StoreError(f"the process that reads foreign files ended with status {child.returncode}. It said: {said}")
 
-# %% ../nbs/15_foreign.ipynb #0012
+# %% ../nbs/15_foreign.ipynb #0015
 def _read_archives(paths: list[Path], limits: Limits, scratch=None) -> list:
     "For each `.pt` file, its state or the `StoreError` that says why there is none."
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -199,7 +202,7 @@ def _result(path: Path, out: Path):
     except StoreError as e:
         return Refused(f"what was read of it cannot be right ({e})", path)
 
-# %% ../nbs/15_foreign.ipynb #0014
+# %% ../nbs/15_foreign.ipynb #0017
 def _is_safetensors(path: Path) -> bool:
     "Does it begin as a safetensors file does, or claim to be one by its name?"
     with opened(path) as f:
@@ -222,7 +225,7 @@ def read_foreign(
         raise state
     return state
 
-# %% ../nbs/15_foreign.ipynb #0019
+# %% ../nbs/15_foreign.ipynb #0022
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _COUNTED = (r"(?i)(?:global)?[-_. ]?(?:steps?)[-_=. ]*(\d+)", r"(?i)[-_. ]?(?:epochs?|iterations?|iter|checkpoint|ckpt)[-_=. ]*(\d+)", r"[-_=. ]*(\d+)(?!.*\d)")
 
@@ -234,7 +237,7 @@ def _named(path: Path, folder: Path) -> tuple[str, int | None]:
     run = "-".join(above) if above else stem or folder.resolve().name
     return re.sub(r"[^A-Za-z0-9_-]+", "-", run).strip("-")[:100] or "run", found and int(found[1])
 
-# %% ../nbs/15_foreign.ipynb #0021
+# %% ../nbs/15_foreign.ipynb #0024
 @dataclass
 class Imported:
     "What became of a folder: the checkpoints that are in the store now, and why the other files are not, by their names."
@@ -254,7 +257,7 @@ def _candidates(folder: Path, store: Store) -> list[Path]:
         out += [Path(place) / name for name in files if Path(name).suffix.lower() in SUFFIXES]
     return sorted(out, key=_natural)
 
-# %% ../nbs/15_foreign.ipynb #0022
+# %% ../nbs/15_foreign.ipynb #0025
 def _plan(paths: list[Path], folder: Path, store: Store, run: str | None, done: Imported) -> list[tuple[Path, str, int]]:
     "Each file with its run and its step, none of them taken; the others are refused in `done`."
     named = [(path, *_named(path, folder)) for path in paths]
@@ -278,7 +281,7 @@ def _plan(paths: list[Path], folder: Path, store: Store, run: str | None, done: 
             out.append((path, key, step))
     return out
 
-# %% ../nbs/15_foreign.ipynb #0024
+# %% ../nbs/15_foreign.ipynb #0027
 def _without_nan(x):
     "JSON data without the members that are NaN; in a list, None stands for it."
     if isinstance(x, dict):
@@ -299,7 +302,7 @@ def _metrics(path: Path) -> dict | None:
         raise ValueError("it is no JSON object of metrics by name")
     return _without_nan(out)
 
-# %% ../nbs/15_foreign.ipynb #0026
+# %% ../nbs/15_foreign.ipynb #0029
 def _states(paths: list[Path], limits: Limits, scratch):
     "Each file with its state or its error, the archives 16 at a time."
     for i in range(0, len(paths), 16):
@@ -316,6 +319,7 @@ def _states(paths: list[Path], limits: Limits, scratch):
             except StoreError as e:
                 yield path, e
 
+# %% ../nbs/15_foreign.ipynb #0030
 def import_folder(
     folder,  # with `.pt`, `.pth`, `.bin` and `.safetensors` files, at any depth
     store: Store,  # where they go
@@ -332,6 +336,7 @@ def import_folder(
         _keep(path, str(path.relative_to(folder)), state, store, *plan[path], done)
     return done
 
+# %% ../nbs/15_foreign.ipynb #0031
 def _keep(path: Path, at: str, state, store: Store, run: str, step: int, done: Imported):
     "Save a state that was read, with its metrics and its origin, or say in `done` why not."
     try:

@@ -89,6 +89,7 @@ def by_functions(train: Population, judge: Evaluator, seed: int = 0, step: float
         return vae.decode(code, judge), code.count() + sum(map(len, code.gain.values())), vae.bits(code)
     return decoder
 
+# %% ../nbs/75_learned_decoding.ipynb #0010
 def by_map(train: Population, judge: Evaluator, seed: int = 0, directions: int = 31) -> Decoder:
     "One point for a whole network; the nearest checkpoint's last layer is moved until it gives the point's answers."
     said = torch.stack([judge.outputs(train.state(i)) for i in range(len(train))])
@@ -114,7 +115,7 @@ DECODERS = {
     "functions, step .004": lambda *a: by_functions(*a, step=0.004),
 }
 
-# %% ../nbs/75_learned_decoding.ipynb #0011
+# %% ../nbs/75_learned_decoding.ipynb #0012
 def compare(
     train: Population,
     held: Population,  # of other runs
@@ -142,6 +143,7 @@ def compare(
         table.append(dict(decoder=name, fit_seconds=fitted, seeds=len(fits)) | _summary(rows))
     return _against_best(table)
 
+# %% ../nbs/75_learned_decoding.ipynb #0013
 def _measured(held: Population, i: int, decoder: Decoder, judge: Evaluator, X, y, true) -> dict:
     "One checkpoint through one decoder."
     state, numbers, bits = decoder(held.state(i))
@@ -150,7 +152,7 @@ def _measured(held: Population, i: int, decoder: Decoder, judge: Evaluator, X, y
     return dict(run=held.rows[i].run, accuracy=accuracy, true=wanted, difference=accuracy - wanted, off=abs(accuracy - wanted),
                 agreement=agreement(said, true), numbers=numbers, bits=bits / held.layout.size)
 
-# %% ../nbs/75_learned_decoding.ipynb #0012
+# %% ../nbs/75_learned_decoding.ipynb #0014
 KEYS = ("accuracy", "true", "difference", "off", "agreement", "numbers", "bits")
 
 def _by_run(rows: list[dict], key: str) -> np.ndarray:

@@ -112,8 +112,10 @@ def save_state(path: Path, state) -> str:
 
 # %% ../nbs/13_tensorfile.ipynb #0022
 _SHORT = 4096    # characters that the description of one tensor may take
+
 _WHITE = re.compile(r"[ \t\n\r]*")
 
+# %% ../nbs/13_tensorfile.ipynb #0023
 class _HeaderText:
     "The text of a header, read from left to right. Every method raises ValueError at the first sign that is out of place."
 
@@ -143,7 +145,7 @@ class _HeaderText:
             raise ValueError(f"the tensor described at character {begin} takes more than {_SHORT} characters, or does not end")
         return parse_json(self.text[begin:self.at])
 
-# %% ../nbs/13_tensorfile.ipynb #0023
+# %% ../nbs/13_tensorfile.ipynb #0024
 def _members(t: _HeaderText, value) -> dict:
     "The members of an object; `value(name)` reads a value. Raises ValueError."
     out, sign = {}, t.take("{") and t.take('"}')
@@ -167,7 +169,7 @@ def _parse_header(text: str) -> dict:
         raise ValueError(f"something follows after its end, at character {t.at}")
     return out
 
-# %% ../nbs/13_tensorfile.ipynb #0025
+# %% ../nbs/13_tensorfile.ipynb #0026
 @dataclass
 class Header:
     "A checked header: entries by name, digests of their pieces by name, the tree, where the data begins, the content hash."
@@ -178,7 +180,7 @@ class Header:
     start: int
     hash: str
 
-# %% ../nbs/13_tensorfile.ipynb #0026
+# %% ../nbs/13_tensorfile.ipynb #0027
 @contextmanager
 def _misread(path):
     "What goes wrong in reading a header, as `Corrupt`."
@@ -209,13 +211,14 @@ def read_rows(f, path, expected: str | None = None, names: re.Pattern = _NAME) -
         texts = rows.pop("__metadata__", {})
         return texts, _check_rows(rows, size - 8 - length, names), 8 + length, found
 
+# %% ../nbs/13_tensorfile.ipynb #0028
 def read_header(f, path, expected: str | None = None) -> Header:
     "Read and check the header of an open file, and its hash where one is expected. Raises `Corrupt`, `Newer`."
     texts, entries, start, found = read_rows(f, path, expected)
     with _misread(path):
         return Header(entries, *_read_texts(texts, entries, path), start, found)
 
-# %% ../nbs/13_tensorfile.ipynb #0027
+# %% ../nbs/13_tensorfile.ipynb #0029
 def _check_rows(rows: dict, room: int, names: re.Pattern = _NAME) -> dict:
     "The entries of a header, in the order of their places, if they tile `room` bytes. Raises ValueError."
     if len(rows) > MAX_TENSORS:
@@ -239,7 +242,7 @@ def _check_rows(rows: dict, room: int, names: re.Pattern = _NAME) -> dict:
         raise ValueError(f"the tensors need {at} bytes and the file has {room} for them: it is truncated or was added to")
     return entries
 
-# %% ../nbs/13_tensorfile.ipynb #0028
+# %% ../nbs/13_tensorfile.ipynb #0030
 def _read_texts(texts: dict, entries: dict, path) -> tuple[dict, object]:
     "The digests and the tree out of the metadata. Raises `Newer`; ValueError or KeyError when they are not there."
     if "adaptive_lab" not in texts:
@@ -252,7 +255,7 @@ def _read_texts(texts: dict, entries: dict, path) -> tuple[dict, object]:
             raise ValueError(f"tensor {name!r} does not have one digest for each piece of {PIECE} bytes")
     return digests, parse_json(texts["tree"])
 
-# %% ../nbs/13_tensorfile.ipynb #0034
+# %% ../nbs/13_tensorfile.ipynb #0036
 _one_at_a_time = threading.Lock()
 
 def _read_at(f, at: int, memory: memoryview) -> bool:
@@ -269,7 +272,7 @@ def _read_at(f, at: int, memory: memoryview) -> bool:
         memory, at = memory[n:], at + n
     return True
 
-# %% ../nbs/13_tensorfile.ipynb #0035
+# %% ../nbs/13_tensorfile.ipynb #0037
 def _faults(f, path, header: Header, memory: dict | None = None, mapped=()) -> list[Corrupt]:
     "Read every tensor, into `memory` by name (unless it is mapped) or only past its digests; the first fault of each that has one."
     def fault(work):
@@ -286,7 +289,7 @@ def _faults(f, path, header: Header, memory: dict | None = None, mapped=()) -> l
     found = [x for x in _each(fault, work, sum(sizes.values())) if x]
     return list({x.tensor: x for x in reversed(found)}.values())[::-1]
 
-# %% ../nbs/13_tensorfile.ipynb #0037
+# %% ../nbs/13_tensorfile.ipynb #0039
 def _memory(f, header: Header) -> tuple[dict[str, torch.Tensor], set[str]]:
     "A tensor for each entry, and the names of those that are mapped, whose content is there already."
     whole = {n for n, e in header.entries.items() if e.end - e.begin >= PIECE and (header.start + e.begin) % 64 == 0 and os.name != "nt"}
@@ -298,7 +301,7 @@ def _memory(f, header: Header) -> tuple[dict[str, torch.Tensor], set[str]]:
         tensors[name] = flat.reshape(e.shape)
     return tensors, whole
 
-# %% ../nbs/13_tensorfile.ipynb #0038
+# %% ../nbs/13_tensorfile.ipynb #0040
 @contextmanager
 def opened(path):
     "A file to read. Raises `Missing`, or StoreError when it cannot be opened."
@@ -323,7 +326,7 @@ def load_state(path: Path, expected: str | None = None):
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, StopIteration, struct.error) as e:
         raise Corrupt(f"its tree cannot be rebuilt: {type(e).__name__}: {e}", path) from None
 
-# %% ../nbs/13_tensorfile.ipynb #0044
+# %% ../nbs/13_tensorfile.ipynb #0046
 def check_file(path: Path, expected: str | None = None) -> list[StoreError]:
     "Every fault of a file, as errors that are not raised: an empty list when each byte is as it was written."
     try:
@@ -332,7 +335,7 @@ def check_file(path: Path, expected: str | None = None) -> list[StoreError]:
     except StoreError as e:
         return [e]
 
-# %% ../nbs/13_tensorfile.ipynb #0052
+# %% ../nbs/13_tensorfile.ipynb #0054
 ANY_NAME = re.compile(r"(?!/)(?!(.*/)?\.\.(/|$))[^\x00-\x1f\x7f\\]{1,500}")
 
 def read_plain(path: Path) -> dict:

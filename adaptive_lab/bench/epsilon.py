@@ -129,6 +129,7 @@ def uses(quick: bool) -> Report:
     report.tables["Architecture search, regret"] = lines(search([learnt, *widths], [look(p) for p in zoo("widths again")]), "regret", False)
     return report
 
+# %% ../../nbs/97_bench.epsilon.ipynb #0013
 def new_tasks(quick: bool) -> Report:
     "Starts for a new task; learning rates are chosen on the first zoo."
     if quick:

@@ -159,12 +159,13 @@ def storage(key="0", n=12, kind="torch FloatStorage", word="storage") -> bytes:
 
 NO_HOOKS = call("collections OrderedDict")
 
+# %% ../../nbs/94_bench.hostile.ipynb #0013
 def tensor(shape=(12,), strides=(1,), at=0, over=None, grad=b"\x89", hooks=NO_HOOKS) -> bytes:
     "The instructions that build a tensor."
     sizes = lambda values: b"(" + b"".join(map(number, values)) + b"t"
     return call("torch._utils _rebuild_tensor_v2", storage() if over is None else over, number(at), sizes(shape), sizes(strides), grad, hooks)
 
-# %% ../../nbs/94_bench.hostile.ipynb #0014
+# %% ../../nbs/94_bench.hostile.ipynb #0015
 CALLS = """os system,posix system,nt system,subprocess Popen,subprocess check_output,builtins eval,builtins exec,__builtin__ eval,__builtin__ exec,builtins
 getattr,builtins __import__,builtins open,builtins compile,importlib import_module,runpy run_path,webbrowser open,torch.hub load,torch load,torch.jit
 load,torch.serialization load,torch.utils.cpp_extension load,torch._C import_ir_module,numpy load,numpy f2py,numpy.testing._private.utils runstring,
@@ -188,7 +189,7 @@ def forbidden_calls():
     for code in set(range(256)) - set(b"\x80}](.)tabceshjqrNKMJGXQRu\x85\x86\x87\x88\x89\x8aU"):
         yield f"instruction {code}", archive(b"\x80\x02" + tensor() + bytes([code]) + bytes(9) + b".")
 
-# %% ../../nbs/94_bench.hostile.ipynb #0015
+# %% ../../nbs/94_bench.hostile.ipynb #0016
 def wrong_arguments():
     "Allowed functions with arguments that they never get, storages that are not there, tensors larger than theirs."
     junk = {"a string": text("x"), "a number": number(-1), "None": b"N", "a list": b"]", "a dict": b"}", "a tuple": b")", "a tensor": tensor(), "true": b"\x88"}
@@ -207,7 +208,7 @@ def wrong_arguments():
     for over in (storage("9"), storage("../0"), storage(n=-1), storage(n=2**60), storage(word="module"), storage(kind="os system"), storage(kind="torch Size")):
         yield f"storage {over[-30:]}", archive(b"\x80\x02" + tensor(over=over) + b".")
 
-# %% ../../nbs/94_bench.hostile.ipynb #0016
+# %% ../../nbs/94_bench.hostile.ipynb #0017
 def abused_stacks():
     "Pickles that take what is not there, never end, or unfold without end."
     for n in (1, 100, 10_000, 100_000):
@@ -238,7 +239,7 @@ def bent_archives():
     yield "25,000 entries", many
     yield "25,000 entries, said to be 5", many[:-14] + struct.pack("<HH", 5, 5) + many[-10:]
 
-# %% ../../nbs/94_bench.hostile.ipynb #0019
+# %% ../../nbs/94_bench.hostile.ipynb #0020
 FAMILIES = (lies_about_places, lies_about_rows, lies_in_json, lies_in_the_tree, too_much, forbidden_calls, wrong_arguments, abused_stacks, bent_archives)
 
 def hostile_files():
@@ -257,7 +258,7 @@ def refusal(path: Path) -> StoreError | None:
     except StoreError as e:
         return e
 
-# %% ../../nbs/94_bench.hostile.ipynb #0020
+# %% ../../nbs/94_bench.hostile.ipynb #0021
 ALLOWANCE = 2**21    # bytes that a refusal may take whatever the size of the file
 
 def _peak(path: Path) -> int:
@@ -281,6 +282,7 @@ def _timed(path: Path) -> tuple[StoreError | None, float]:
     begun = time.perf_counter()
     return refusal(path), time.perf_counter() - begun
 
+# %% ../../nbs/94_bench.hostile.ipynb #0022
 def tried(folder: Path, every: int = 1) -> dict:
     "Try every hostile file, or one of so many: how many, which were not refused, the slowest, and the hungriest beyond the allowance."
     out = dict(files=0, read=[], slowest=(0., ""), hungriest=(0., ""))

@@ -122,6 +122,7 @@ def _forked(job) -> int:
             os._exit(1)
     return pid
 
+# %% ../../nbs/95_bench.store.ipynb #0013
 def _killed_writer(store: Store, run: int, delay: float, numbers: int) -> tuple[set, bool]:
     "The steps that a child told of as committed before it was killed, and whether it was inside `save`."
     out, into = os.pipe()
@@ -143,7 +144,7 @@ def _killed_writer(store: Store, run: int, delay: float, numbers: int) -> tuple[
         lines = (first + f.read()).decode().split()
     return {int(x[1:]) for x in lines if x[0] == "C"}, lines[-1][0] == "B"
 
-# %% ../../nbs/95_bench.store.ipynb #0013
+# %% ../../nbs/95_bench.store.ipynb #0014
 def _wrong(store: Store, run: int, numbers: int, told: set) -> tuple[int, int]:
     "How many listed checkpoints of a killed writer are torn, or never begun; how many of those it told of are lost."
     listed, torn = {ck.step for ck in store.checkpoints(f"run{run}")}, 0
@@ -155,6 +156,7 @@ def _wrong(store: Store, run: int, numbers: int, told: set) -> tuple[int, int]:
             torn += 1
     return torn + max(0, len(listed - told) - 1), len(told - listed)    # one may be committed and not yet told of
 
+# %% ../../nbs/95_bench.store.ipynb #0015
 def random_kills(folder, kills: int, seed: int = 0, numbers: int = 2000) -> dict:
     "Kill so many writers at random moments of one or two saves; what was wrong, and which parts of `save` were reached."
     rng, out = random.Random(seed), dict.fromkeys(("kills", "torn", "lost", "inside", "committed", "temporary", "orphans"), 0)
@@ -180,9 +182,11 @@ def random_kills(folder, kills: int, seed: int = 0, numbers: int = 2000) -> dict
             shutil.rmtree(store.folder)
     return out
 
-# %% ../../nbs/95_bench.store.ipynb #0016
+# %% ../../nbs/95_bench.store.ipynb #0018
 _small = lambda value: {"w": torch.from_numpy(np.full(20, value, np.float32))}
+
 _KEPT = {("a", 1): 1., ("a", 2): 2.}
+
 DEEDS = {    # what a store does: the deed, and what is listed after it
     "save": (lambda s: s.save("b", 1, _small(4.)), {**_KEPT, ("b", 1): 4.}),
     "save a state that is there": (lambda s: s.save("b", 1, _small(1.)), {**_KEPT, ("b", 1): 1.}),
@@ -203,6 +207,7 @@ def _prepared(folder: Path) -> Path:
         f.write(b"?")
     return folder
 
+# %% ../../nbs/95_bench.store.ipynb #0019
 def _ended_at(n: int):
     "End this process at the n-th moment before or after a call into C."
     moments = count(1)
@@ -219,7 +224,7 @@ def _cut_at(n: int):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
 
-# %% ../../nbs/95_bench.store.ipynb #0017
+# %% ../../nbs/95_bench.store.ipynb #0020
 def _listed(store: Store) -> dict | None:
     "The value of each checkpoint; None when one is torn."
     with warnings.catch_warnings():
@@ -245,6 +250,7 @@ def _one_kill(template: Path, folder: Path, deed, after: dict, end) -> dict | No
     shutil.rmtree(folder)
     return out if os.WIFSIGNALED(status) else None
 
+# %% ../../nbs/95_bench.store.ipynb #0021
 def every_kill(folder, every: int = 1) -> dict:
     "End each deed of a store at every moment (or one of so many) until it is done; kills, torn and lost of each."
     folder, out = Path(folder), {}
@@ -259,7 +265,7 @@ def every_kill(folder, every: int = 1) -> dict:
             out[name] = {"kills": out[name]["kills"] + 1, **{k: out[name][k] + v for k, v in found.items()}}
     return out
 
-# %% ../../nbs/95_bench.store.ipynb #0020
+# %% ../../nbs/95_bench.store.ipynb #0024
 def _found(store: Store, path: Path, bit: int) -> bool:
     "Is the flip of one bit of a file found? The file is put right again."
     with open(path, "r+b", buffering=0) as f:
@@ -291,7 +297,7 @@ def flipped_bits(folder, numbers: int, sample: int | None = None) -> dict:
         raise RuntimeError("a flipped bit was not put back")
     return out
 
-# %% ../../nbs/95_bench.store.ipynb #0023
+# %% ../../nbs/95_bench.store.ipynb #0027
 def _alone(call: str, *args):
     "What a function of this module gives, called in a fresh process on one thread."
     code = f"import json, sys, torch; torch.set_num_threads(1); from {__name__} import {call}; print(json.dumps({call}(*json.loads(sys.argv[1]))))"
@@ -312,6 +318,7 @@ def kill_figures(folder: str, quick: bool) -> list[Figure]:
         Figure("lost checkpoints after all of these", wild["lost"] + some["lost"], "", 0),
     ]
 
+# %% ../../nbs/95_bench.store.ipynb #0028
 def damage_figures(folder: str, quick: bool) -> list[Figure]:
     "Flipped bits, and hostile files."
     small, large = flipped_bits(folder, 100 if quick else 700, 500 if quick else None), flipped_bits(folder, 5_000_000, 20 if quick else 200)

@@ -45,6 +45,7 @@ class Behaviour:
         f = self.centre + code[:-1] @ self.directions
         return (f * (code[-1] / self.unit + self.size).exp()).reshape(self.probes, -1)
 
+# %% ../../nbs/47_epsilon_vae.behaviour.ipynb #0006
 def behaviour_of(logits: Tensor, directions: int = 64) -> Behaviour:
     "The principal directions of outputs (n, probes, classes). Raises `ValueError` for fewer than two checkpoints."
     if len(logits) < 2:
@@ -58,7 +59,7 @@ def behaviour_of(logits: Tensor, directions: int = 64) -> Behaviour:
     unit = spread[0] / len(f) ** 0.5 / size.std().clamp(min=1e-6)
     return Behaviour(centre, (vectors[:, :k] / spread).T @ f, variance[:k] / variance.sum().clamp(min=1e-30), size.mean(), unit, logits.shape[1])
 
-# %% ../../nbs/47_epsilon_vae.behaviour.ipynb #0010
+# %% ../../nbs/47_epsilon_vae.behaviour.ipynb #0011
 RIDGE = 1e-2  # of the last layer's regression, as a share of its mean square input
 
 def moved(

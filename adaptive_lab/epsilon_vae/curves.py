@@ -70,6 +70,7 @@ def teacher(pair: Pair, sharpness: float) -> Callable[[Tensor], Tensor]:
 
     return says
 
+# %% ../../nbs/45_epsilon_vae.curves.ipynb #0011
 def lessons(
     pair: Pair,
     labelled: tuple[Tensor, Tensor] | None,  # X (n, ...), y (n,) int64
@@ -94,7 +95,7 @@ def lessons(
             parts.append((probes[rows], soft[rows]))
         yield [torch.cat(x) for x in zip(*parts)]
 
-# %% ../../nbs/45_epsilon_vae.curves.ipynb #0012
+# %% ../../nbs/45_epsilon_vae.curves.ipynb #0013
 def bent(
     pair: Pair,
     labelled: tuple[Tensor, Tensor] | None = None,  # X (n, ...), y (n,); None: the ends are the only teacher
@@ -126,13 +127,14 @@ def bent(
     bends = [{n: x.detach() for n, x in s.items()} for s in bends] * (knobs.bends if control else 1)
     return _settled(pair, curve(a, bends, b, knobs.shape), how)
 
+# %% ../../nbs/45_epsilon_vae.curves.ipynb #0014
 def _settled(pair: Pair, path: Path, how: str | None) -> Path:
     "The path with running statistics measured at each point, if there are any."
     if not any("running_" in n for n in pair.a):
         return path
     return lambda t: repair(path(t), pair.ends(how), t, units=False)
 
-# %% ../../nbs/45_epsilon_vae.curves.ipynb #0014
+# %% ../../nbs/45_epsilon_vae.curves.ipynb #0016
 def training_samples(recipe: dict) -> tuple[Tensor, Tensor]:  # X (n, ...), y (n,)
     "The samples a run was trained on, with the labels it was given. Raises `RecipeError`, `UnknownPart`."
     made = Recipe.from_dict(recipe)

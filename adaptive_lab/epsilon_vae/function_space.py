@@ -71,6 +71,7 @@ def called(model: nn.Module, X: Tensor) -> list[str]:
         raise ValueError("the model has no Linear and no plain Conv2d layer: use the codes of single tensors")
     return order
 
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0009
 def inputs_of(model: nn.Module, name: str, X: Tensor) -> Tensor:  # (points, fan in), ones included
     "What one layer of a model sees when inputs are given."
     kept, layer = [], model.get_submodule(name)
@@ -83,7 +84,7 @@ def inputs_of(model: nn.Module, name: str, X: Tensor) -> Tensor:  # (points, fan
         except Seen:
             return kept[0]
 
-# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0010
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0011
 DIRECTIONS, LEAST = 6, 0.1  # random directions of outputs; the smallest gain, as a share of the layer's median
 
 def gains(model: nn.Module, order: list[str], X: Tensor, seed: int = 0) -> dict[str, Tensor]:  # layer -> (units,) float64
@@ -109,7 +110,7 @@ def rounded(gain: Tensor) -> Tensor:
     gain = gain.clamp(min=float(least) if least > 0 else 1e-6)
     return torch.exp2(torch.round(8 * gain.log2()) / 8)
 
-# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0013
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0014
 class Functions(Knobs):
     "An autoencoder of units as functions."
 
@@ -119,7 +120,7 @@ class Functions(Knobs):
     jitter: float = knob(0.3, "size of noise on a second copy of the probes, as a share of the inputs' spread; 0: no copy", ge=0, le=10, live=False)
     examples: int = knob(2000, "checkpoints at most that bases are learnt from", ge=2, le=10**6, live=False)
 
-# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0015
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0016
 @dataclass
 class Code:
     "A checkpoint in function space; `FunctionVAE.bits` says what it costs."
@@ -133,7 +134,7 @@ class Code:
         "Latents that are not zero."
         return sum(int((q != 0).sum()) for q in self.latents.values())
 
-# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0017
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0018
 def functions_of(model: nn.Module, order: list[str], X: Tensor) -> dict[str, Tensor]:  # layer -> (units, points) float64
     "What each unit answers before its nonlinearity."
     found = {}
@@ -144,6 +145,7 @@ def functions_of(model: nn.Module, order: list[str], X: Tensor) -> dict[str, Ten
         found[n] = w @ inputs_of(model, n, X).T
     return found
 
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0019
 class FunctionVAE:
     "A linear autoencoder of units as functions, learnt from checkpoints of many runs. Raises `KnobError`, `ValueError`."
 
@@ -166,12 +168,13 @@ class FunctionVAE:
         gain = gains(model, order, judge.probes)
         return {n: f * gain[n][:, None] / f.shape[1] ** 0.5 for n, f in functions_of(model, order, self.points(judge)).items()}, gain
 
-# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0018
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0020
 def some(populations: list[Population], most: int) -> list[tuple[Population, int]]:
     "Checkpoints of all, evenly thinned if they are too many."
     every = [(p, i) for p in populations for i in range(len(p))]
     return [every[i] for i in sorted(set(np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)))]
 
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0021
 def fit(
     self,
     populations,  # a Population, or several of different widths
@@ -202,9 +205,10 @@ def fit(
     self.priors = {n: t / size[n] for n, t in self.priors.items()}
     return self
 
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0022
 FunctionVAE.fit = fit
 
-# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0020
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0024
 def encode(self, state: State, judge: Evaluator) -> Code:
     "The code of a checkpoint of any run. Raises `Unfit`, and `ValueError` for an architecture with other layers."
     found, gain = self.weighted(state, judge)
@@ -230,7 +234,7 @@ def bits(self, code: Code) -> float:
 
 FunctionVAE.encode, FunctionVAE.bits = encode, bits
 
-# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0022
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0026
 def solved(H: Tensor, T: Tensor, ridge: float) -> Tensor:  # (units, fan in)
     "Weights with which inputs H (points, fan in) come nearest to wanted functions T (points, units)."
     G = H.T @ H
@@ -261,4 +265,5 @@ def decode(self, code: Code, judge: Evaluator) -> State:
         put(model.get_submodule(n), solved(inputs_of(model, n, self.points(judge)), T, self.knobs.ridge))
     return recalibrated({n: t.clone() for n, t in model.state_dict().items()}, judge)
 
+# %% ../../nbs/46_epsilon_vae.function_space.ipynb #0027
 FunctionVAE.decode = decode

@@ -35,6 +35,7 @@ def run_layer(m: nn.Module, name: str, state: State, h: Tensor) -> Tensor:
     own = {n: state[f"{name}.{n}" if name else n] for n in m.state_dict()}
     return functional_call(m, own, (h,)) if own else m(h)
 
+# %% ../../nbs/43_epsilon_vae.repair.ipynb #0009
 class Ends:
     "Two states, and what each of their layers takes in and gives out on inputs. Raises `NotUnderstood`."
 
@@ -62,12 +63,13 @@ class Ends:
                 found[name] = h
         return found
 
+# %% ../../nbs/43_epsilon_vae.repair.ipynb #0010
 def moments(h: Tensor) -> tuple[Tensor, Tensor]:  # (units,), (units,)
     "Mean and standard deviation of each unit, over samples and positions."
     rows = h.movedim(1, 0).flatten(1)
     return rows.mean(1), rows.std(1, unbiased=False)
 
-# %% ../../nbs/43_epsilon_vae.repair.ipynb #0010
+# %% ../../nbs/43_epsilon_vae.repair.ipynb #0012
 def _scale(m: nn.Module, name: str, state: State, factor: Tensor, shift: Tensor) -> None:
     "Make an affine layer give `factor` times what it gave, plus `shift`; in the state's dict, in new tensors."
     w = f"{name}.weight" if name else "weight"
@@ -88,7 +90,7 @@ def _recalibrate(ends: Ends, name: str, m: nn.Module, state: State, h: Tensor, t
         log = log + share * (end[key + "var"].clamp_min(tiny**2).sqrt().log() - own_std.clamp_min(tiny).log())
     state[key + "mean"], state[key + "var"] = mean, (2 * log).exp()
 
-# %% ../../nbs/43_epsilon_vae.repair.ipynb #0011
+# %% ../../nbs/43_epsilon_vae.repair.ipynb #0013
 def _rescale(m: nn.Module, name: str, state: State, h: Tensor, goals: list[tuple], t: float) -> Tensor:
     "Bring a layer's mean and deviation between the goals; returns what it gives then. Without a bias it is left alone."
     z = run_layer(m, name, state, h)
@@ -100,6 +102,7 @@ def _rescale(m: nn.Module, name: str, state: State, h: Tensor, goals: list[tuple
     _scale(m, name, state, factor, (1 - t) * mean_a + t * mean_b - factor * mean)
     return run_layer(m, name, state, h)
 
+# %% ../../nbs/43_epsilon_vae.repair.ipynb #0014
 @torch.no_grad()
 def repair(
     state: State,  # a point between the ends
@@ -121,7 +124,7 @@ def repair(
         h = run_layer(m, name, state, h)
     return state
 
-# %% ../../nbs/43_epsilon_vae.repair.ipynb #0017
+# %% ../../nbs/43_epsilon_vae.repair.ipynb #0020
 def design(m: nn.Module, h: Tensor) -> Tensor:  # (rows, fan in + 1) float64
     "What a layer's units see, one row a sample and position, a one at the end. Raises `NotUnderstood`."
     if isinstance(m, nn.Linear):
@@ -146,7 +149,7 @@ def _solve(m: nn.Module, name: str, state: State, h: Tensor, goal: Tensor, ridge
         W, state[key[:-6] + "bias"] = W[:-1], W[-1].to(state[key].dtype)
     state[key] = W.T.reshape(state[key].shape).to(state[key].dtype)
 
-# %% ../../nbs/43_epsilon_vae.repair.ipynb #0018
+# %% ../../nbs/43_epsilon_vae.repair.ipynb #0021
 RIDGE = 1e-3  # times the mean eigenvalue of H'H
 
 @torch.no_grad()

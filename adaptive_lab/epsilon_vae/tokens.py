@@ -48,6 +48,7 @@ def cut(
     mask = (torch.arange(pieces * width) < columns).expand(rows, -1)
     return padded.reshape(-1, width), mask.reshape(-1, width)
 
+# %% ../../nbs/44_epsilon_vae.tokens.ipynb #0008
 def tokens_of(state: State, width: int = WIDTH) -> Tokens:
     "A state dict as tokens, in the order of its layout. Raises `ValueError`."
     if width < 1:
@@ -71,7 +72,7 @@ def tokens_of(state: State, width: int = WIDTH) -> Tokens:
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return Tokens(centred / scale[:, None], mask, mean, scale, kind, depth, row, column, rows)
 
-# %% ../../nbs/44_epsilon_vae.tokens.ipynb #0010
+# %% ../../nbs/44_epsilon_vae.tokens.ipynb #0011
 def from_tokens(
     tokens: Tokens,
     like: State,  # of the architecture; gives what is not learnt
@@ -90,7 +91,7 @@ def from_tokens(
         raise ValueError(f"{len(tokens)} tokens are too many: this architecture has {at}. Give a state of the tokens' own architecture")
     return {n: made[n] if n in made else v.clone() for n, v in like.items()}
 
-# %% ../../nbs/44_epsilon_vae.tokens.ipynb #0013
+# %% ../../nbs/44_epsilon_vae.tokens.ipynb #0014
 def waves(at: Tensor, many: int = 4) -> Tensor:  # (T, 2 * many)
     "Sines and cosines of positions, wavelengths 4, 16, 64, ..."
     angle = at[:, None].float() * (2 * torch.pi / 4.0 ** torch.arange(1, many + 1))
@@ -101,7 +102,7 @@ def addresses(t: Tokens) -> Tensor:  # (T, FEATURES)
     kind = torch.nn.functional.one_hot(t.kind, len(KINDS)).float()
     return torch.cat([kind, waves(t.row), waves(t.column), t.depth[:, None], t.mean[:, None], t.scale.log()[:, None]], 1)
 
-# %% ../../nbs/44_epsilon_vae.tokens.ipynb #0016
+# %% ../../nbs/44_epsilon_vae.tokens.ipynb #0017
 def batch_of(many: list[Tokens]) -> tuple[Tensor, Tensor, Tensor]:  # values (n, T, width), mask (n, T, width), addresses (n, T, FEATURES)
     "Checkpoints of any architectures side by side."
     pad = lambda ts: torch.nn.utils.rnn.pad_sequence(ts, batch_first=True)

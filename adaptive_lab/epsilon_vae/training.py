@@ -43,6 +43,7 @@ def descend(
     model.eval()
     return found
 
+# %% ../../nbs/44_epsilon_vae.training.ipynb #0006
 def _step(optimizer, loss: Tensor, model: nn.Module, epoch: int) -> float:
     "One step down, with gradients of a norm of 1 at most."
     if not torch.isfinite(loss):
@@ -53,7 +54,7 @@ def _step(optimizer, loss: Tensor, model: nn.Module, epoch: int) -> float:
     optimizer.step()
     return loss.item()
 
-# %% ../../nbs/44_epsilon_vae.training.ipynb #0010
+# %% ../../nbs/44_epsilon_vae.training.ipynb #0011
 def answers(
     model: nn.Module,  # of the architecture; its own weights do not matter
     states: State,  # name -> (n, ...) weights of n networks

@@ -74,6 +74,7 @@ class MetricPredictor(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return self.net(z)
 
+# %% ../../nbs/43_epsilon_vae.vae.ipynb #0011
 class CheckpointDecoder(nn.Module):
     "Latent -> the vector in units of its blocks' spread, (n, checkpoint_dim)."
 
@@ -84,7 +85,7 @@ class CheckpointDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return self.net(z)
 
-# %% ../../nbs/43_epsilon_vae.vae.ipynb #0012
+# %% ../../nbs/43_epsilon_vae.vae.ipynb #0013
 class EpsilonVAE(nn.Module):
     "Checkpoints as vectors <-> latents, with metrics predicted from the latent. Raises `KnobError`, `ValueError`."
 
@@ -115,7 +116,7 @@ class EpsilonVAE(nn.Module):
             self.encoder = CheckpointEncoder(len(lengths), dim, self.knobs.hidden_dim, self.knobs.latent_dim)
         return self
 
-# %% ../../nbs/43_epsilon_vae.vae.ipynb #0015
+# %% ../../nbs/43_epsilon_vae.vae.ipynb #0016
 def rows_of(values, size: int, name: str) -> tuple[Tensor, bool]:  # (n, size) float32, was it one row
     "Check what came. Raises `ValueError` for another length or, except in metrics, numbers that are not finite."
     x = torch.as_tensor(values)
@@ -129,7 +130,7 @@ def rows_of(values, size: int, name: str) -> tuple[Tensor, bool]:  # (n, size) f
         raise ValueError(f"row {row} of {name} has numbers that are not finite: leave it out, its training diverged")
     return x, one
 
-# %% ../../nbs/43_epsilon_vae.vae.ipynb #0016
+# %% ../../nbs/43_epsilon_vae.vae.ipynb #0017
 def fit_scale(self, checkpoints) -> EpsilonVAE:
     "Learn centre and unit of each block. Raises `ValueError` for fewer than two checkpoints."
     x, _ = rows_of(checkpoints, self.knobs.checkpoint_dim, "checkpoints")
@@ -154,7 +155,7 @@ def fit_metrics(self, metrics) -> EpsilonVAE:
 
 EpsilonVAE.fit_scale, EpsilonVAE.fit_metrics = fit_scale, fit_metrics
 
-# %% ../../nbs/43_epsilon_vae.vae.ipynb #0019
+# %% ../../nbs/43_epsilon_vae.vae.ipynb #0020
 def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (n, latent_dim) each
     "Mean and log variance of the latents of (n, checkpoint_dim)."
     return self.encoder(self.embedder((x - self.centre) / self.spread))
@@ -180,7 +181,7 @@ def predict_metrics(self, z) -> Tensor:  # (n, n_metrics), or (n_metrics,) for o
 for f in (posterior, encode, decode, predict_metrics):
     setattr(EpsilonVAE, f.__name__, f)
 
-# %% ../../nbs/43_epsilon_vae.vae.ipynb #0020
+# %% ../../nbs/43_epsilon_vae.vae.ipynb #0021
 def forward(self, checkpoints) -> dict[str, Tensor]:
     "`z_mean`, `z_logvar`, `reconstructed`, `predicted_metrics`; in training from a sample of the latent. Raises `ValueError`."
     x, one = rows_of(checkpoints, self.knobs.checkpoint_dim, "checkpoints")
@@ -195,7 +196,7 @@ def forward(self, checkpoints) -> dict[str, Tensor]:
 
 EpsilonVAE.forward = forward
 
-# %% ../../nbs/43_epsilon_vae.vae.ipynb #0023
+# %% ../../nbs/43_epsilon_vae.vae.ipynb #0024
 def divergence(mean: Tensor, logvar: Tensor) -> Tensor:  # (n,)
     "KL of normal distributions from the standard normal one, in nats."
     return (mean**2 + logvar.exp() - 1 - logvar).sum(-1) / 2
@@ -217,6 +218,7 @@ def compute_loss(
         self.watch(out["z_mean"].detach())
     return loss if metrics is None else loss + self.knobs.metric_weight * self.metric_error(out["predicted_metrics"], metrics, len(x))
 
+# %% ../../nbs/43_epsilon_vae.vae.ipynb #0025
 def metric_error(self, predicted: Tensor, metrics, n: int) -> Tensor:
     "Mean squared error in units of each metric's spread, over the values that are there. Raises `ValueError`."
     m, _ = rows_of(metrics, self.knobs.n_metrics, "metrics")
@@ -231,7 +233,7 @@ def metric_error(self, predicted: Tensor, metrics, n: int) -> Tensor:
 
 EpsilonVAE.compute_loss, EpsilonVAE.metric_error = compute_loss, metric_error
 
-# %% ../../nbs/43_epsilon_vae.vae.ipynb #0025
+# %% ../../nbs/43_epsilon_vae.vae.ipynb #0027
 FAR = 3.0  # distance from which a latent is called far
 
 def watch(self, z: Tensor):  # (n, latent_dim)
