@@ -22,7 +22,7 @@ ZOOS = {
     "digits again": [Zoo(runs=80, seed=7)],
     "widths": [Zoo(runs=16, width=w) for w in (16, 24, 48)],
     "widths again": [Zoo(runs=30, width=w, seed=12) for w in (16, 24, 32, 48)],
-    "digits for use": [Zoo(runs=120, seed=11)],
+    "digits for use": [Zoo(runs=120, seed=21)],
     "mnist": [Zoo(runs=64, model="cnn", width=8, source="mnist", most=20_000, steps=600)],
 }
 QUICK = {"quick": [Zoo(runs=12, steps=300)]}
