@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Decoder', 'DECODERS', 'KEYS', 'best_checkpoint', 'nearest_checkpoint', 'flat', 'by_tokens', 'by_functions', 'by_map',
-           'compare', 'interval']
+           'compare']
 
 # %% ../nbs/75_learned_decoding.ipynb #0003
 import time
@@ -13,6 +13,7 @@ from typing import Callable
 import numpy as np
 import torch
 
+from .epsilon_vae.barriers import interval
 from .epsilon_vae.alignment import align
 from .epsilon_vae.behaviour import behaviour_of, moved
 from .epsilon_vae.function_space import FunctionVAE
@@ -163,15 +164,8 @@ def _summary(rows: list[dict]) -> dict:
     "Means over runs, of all checkpoints and of last ones."
     last = [r for r in rows if r["final"]]
     return {k: float(_by_run(rows, k).mean()) for k in KEYS} | {f"final_{k}": float(_by_run(last, k).mean()) for k in KEYS} | dict(
-        difference_95=interval(_by_run(rows, "difference")), final_difference_95=interval(_by_run(last, "difference")),
+        difference_95=interval(_by_run(rows, "difference"))[1:], final_difference_95=interval(_by_run(last, "difference"))[1:],
         _all=_by_run(rows, "agreement"), _last=_by_run(last, "agreement"))
-
-def interval(d: np.ndarray) -> tuple[float, float]:
-    "The 95% interval of a mean over runs, by Student's t."
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else float("nan")
-    return float(d.mean() - half), float(d.mean() + half)
 
 def _against_best(table: list[dict]) -> list[dict]:
     "Add the difference in agreement to the best checkpoint, with its 95% interval over runs."
@@ -180,5 +174,5 @@ def _against_best(table: list[dict]) -> list[dict]:
         for kind, key in (("_all", "gain"), ("_last", "final_gain")):
             if rival is not None and r is not rival:
                 d = r[kind] - rival[kind]
-                r[key], r[key + "_95"] = float(d.mean()), interval(d)
+                r[key], r[key + "_95"] = float(d.mean()), interval(d)[1:]
     return [{k: v for k, v in r.items() if not k.startswith("_")} for r in table]
