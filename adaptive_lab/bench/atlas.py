@@ -42,6 +42,7 @@ def first_times(seen: list) -> dict[str, np.ndarray]:
         found.setdefault(what, {}).setdefault(at, after)
     return {what: np.array(list(by.values())) for what, by in found.items()}
 
+# %% ../../nbs/97_bench.atlas.ipynb #0006
 def hand(folder: Path, presses: int = 25) -> dict[str, np.ndarray]:
     "Key presses on the slider between two runs' last checkpoints. Raises `RuntimeError` when no browser is found."
     with tempfile.TemporaryDirectory() as place:
@@ -68,7 +69,7 @@ def _presses(page, address: str, presses: int) -> dict[str, np.ndarray]:
         page.wait_for_timeout(900)
     return first_times(page.evaluate("() => window.alSeen"))
 
-# %% ../../nbs/97_bench.atlas.ipynb #0008
+# %% ../../nbs/97_bench.atlas.ipynb #0009
 LARGE = Zoo(runs=63, width=960, steps=256)  # 63 runs of 16 checkpoints, 994,570 weights each
 
 def large_report(folder=None) -> tuple[int, float]:
@@ -81,7 +82,7 @@ def large_report(folder=None) -> tuple[int, float]:
         report = make_report(folder or place, Path(place, "report"))
         return len(report.atlas), time.perf_counter() - begun
 
-# %% ../../nbs/97_bench.atlas.ipynb #0009
+# %% ../../nbs/97_bench.atlas.ipynb #0010
 def bench(quick: bool = False) -> Report:
     "Latencies in the page; without `quick`, the large folder too (4 GB of disk)."
     report, name = Report("atlas"), "quick" if quick else "digits"

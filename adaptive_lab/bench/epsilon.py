@@ -117,6 +117,7 @@ def predictions(quick: bool) -> Report:
         report.figures.append(Figure(f["what"] + (", distance from 90%" if high else ", the lower of the two"), value, bar=None if quick else 0.02 if high else float(low), at_least=not high))
     return report
 
+# %% ../../nbs/97_bench.epsilon.ipynb #0013
 def uses(quick: bool) -> Report:
     "Model selection, ensembles, architecture search."
     report = Report("epsilon: uses")
@@ -134,7 +135,7 @@ def uses(quick: bool) -> Report:
     report.tables["Architecture search, regret"] = lines(search([learnt, *widths], [look(p) for p in zoo("widths again")]), "regret", False)
     return report
 
-# %% ../../nbs/97_bench.epsilon.ipynb #0013
+# %% ../../nbs/97_bench.epsilon.ipynb #0014
 def new_tasks(quick: bool) -> Report:
     "Starts for a new task; learning rates are chosen on the first zoo."
     if quick:
