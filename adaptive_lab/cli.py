@@ -264,6 +264,7 @@ def lab_command(argv) -> int:
 # %% ../nbs/98_cli.ipynb #0019
 def epsilon_command(argv) -> int:
     "adaptive-lab epsilon"
+    from adaptive_lab.cells import load_measure
     from adaptive_lab.epsilon_vae.atlas import Charting
     from adaptive_lab.epsilon_vae.report import make_report
 
@@ -271,13 +272,15 @@ def epsilon_command(argv) -> int:
     p.add_argument("--checkpoint-dir", type=Path, required=True, metavar="FOLDER", help="a store, or a folder of .pt and .safetensors files with metrics as .json beside them")
     p.add_argument("--save-dir", type=Path, default=Path("epsilon"), metavar="FOLDER", help="for report.html and what is decoded (default: epsilon)")
     p.add_argument("--objectives", default="", metavar="NAME=WORD,...", help="what the Pareto front is of, such as accuracy=maximize,loss=minimize")
+    p.add_argument("--evaluator", metavar="MODULE:FUNCTION", help="for checkpoints from elsewhere: a function of a Population that gives its adaptive_lab.evaluator.Evaluator(build, probes, tests)")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     for k in walk(Charting):
         p.add_argument(f"--{k.name.replace('_', '-')}", type=k.type, default=k.default, metavar="N", help=f"{k.doc}, {k.range} (default: {k.default})")
     options = p.parse_args(argv)
     knobs = Charting(**{k.name: getattr(options, k.name) for k in walk(Charting)})
-    report = make_report(options.checkpoint_dir, options.save_dir, knobs, options.objectives, progress=not options.quiet)
-    print(f"{report.atlas}\n{len(report.made)} new points are saved in {options.save_dir / 'decoded'}\nthe report: {options.save_dir / 'report.html'}")
+    report = make_report(options.checkpoint_dir, options.save_dir, knobs, options.objectives, not options.quiet, load_measure(options.evaluator) if options.evaluator else None)
+    new = f"{len(report.made)} new points are saved in {options.save_dir / 'decoded'}" if report.made else "no new point was better than every checkpoint in something"
+    print(f"{report.atlas}\n{new}\nthe report: {options.save_dir / 'report.html'}")
     return 0
 
 # %% ../nbs/98_cli.ipynb #0020

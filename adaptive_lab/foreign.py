@@ -270,6 +270,8 @@ def _plan(paths: list[Path], folder: Path, store: Store, run: str | None, done: 
         step = 1 + max((s for r, s in taken if r == key), default=-1) if step is None else step
         if path.is_symlink():
             done.refused[at] = "it is a link. Import the file that it leads to"
+        elif not path.is_file():
+            done.refused[at] = "it is no regular file. Copy what it gives into one"
         elif run is None and source != path.parent:
             done.refused[at] = f"its run would be {key!r}, as is that of {source.relative_to(folder)}. Rename its folder, or give run="
         elif (key, at) in before:

@@ -1,6 +1,9 @@
 "Gate, atlas, report, panel and command line of checkpoints: what the notebooks do not show."
 import asyncio
 import json
+import os
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 
 from adaptive_lab.cli import main
-from adaptive_lab.epsilon_vae.atlas import Charting, chart
+from adaptive_lab.epsilon_vae.atlas import Charting, chart, direction_of
 from adaptive_lab.epsilon_vae.behaviour import behaviour_of, moved
 from adaptive_lab.epsilon_vae.gate import Refused, corrected_path, recalibrated, verify
 from adaptive_lab.epsilon_vae.population import populations
@@ -19,8 +22,10 @@ from adaptive_lab.evaluator import Evaluator
 from adaptive_lab.panels.atlas import AtlasPanel
 from adaptive_lab.panels.landscape import LandscapePanel
 from adaptive_lab.epsilon_vae.landscape import random_plane, run_plane
-from adaptive_lab.run import state_digest
+from adaptive_lab.foreign import import_folder
+from adaptive_lab.run import Run, state_digest
 from adaptive_lab.store import Store
+from adaptive_lab.tape import Recipe
 from adaptive_lab.zoo import Zoo, grow
 
 SMALL = Charting(epochs=5, latent_dim=4, hidden_dim=16)
@@ -88,7 +93,8 @@ def test_bad_places_and_objectives(atlas):
 
 def test_proposals_are_measured_and_on_the_front(atlas):
     objectives = {"accuracy": "maximize", "loss": "minimize"}
-    new, _ = atlas.propose(objectives, 6)
+    new, _, tried = atlas.propose(objectives, 6)
+    assert len(tried) == 6
     table = atlas.metrics(list(objectives))[0]
     for v in new:
         own = atlas.evaluators[[layout_of(v.state).signature == p.layout.signature for p in atlas.populations].index(True)].metrics(v.state)
@@ -132,6 +138,7 @@ def test_weights_alone_make_a_map_and_are_not_decoded(tmp_path):
         atlas.decode(atlas.z[0] + 0.1)
     with pytest.raises(ValueError, match="nothing can be measured"):
         atlas.point(atlas.z[0])
+    assert objectives_of(atlas) == {"score": "maximize"}
     panel = AtlasPanel(atlas, tmp_path / "kept")
     panel.choose(0.1, 0.1)
     assert "weights alone are known" in panel.status.value
@@ -317,3 +324,136 @@ def test_the_landscape_goes_on_in_the_event_loop(folder, tmp_path):
         return panel
 
     assert asyncio.run(drive()).slice.done.all()
+
+
+# --- what a stranger found
+
+
+def own_zoo(folder, build, runs=4, dtype=torch.float32, steps=3, classes=4):
+    "Runs of a small model on random questions, without recipes; and what measures them."
+    g = torch.Generator().manual_seed(0)
+    X, W = torch.randn(300, 6, generator=g), torch.randn(6, classes, generator=g)
+    y, store = (X @ W).argmax(1), Store(folder)
+    judge = Evaluator(build, X[:80], {"test": (X[200:], y[200:])})
+    for run in range(runs):
+        torch.manual_seed(run)
+        net = build()
+        optimizer = torch.optim.Adam(net.parameters(), 0.02)
+        for step in range(steps):
+            for _ in range(15):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(X[:200]), y[:200]).backward()
+                optimizer.step()
+            state = {n: t.to(dtype) if t.is_floating_point() else t.clone() for n, t in net.eval().state_dict().items()}
+            store.save(f"r{run}", step, state, judge.metrics(state))
+            net.train()
+    return judge
+
+
+def plain():
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+
+
+def test_a_checkpoint_with_normalisation_is_measured_as_it_is(tmp_path):
+    judge = own_zoo(tmp_path, lambda: nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4)))
+    atlas = chart(tmp_path, SMALL, [judge], progress=False)
+    panel = AtlasPanel(atlas, tmp_path / "kept")
+    for i in (0, 4, 11):
+        v = atlas.point(atlas.z[i])
+        assert state_digest(v.state) == state_digest(atlas.state(i)) and v.measured == judge.metrics(atlas.state(i))
+        panel.choose(*atlas.flat[i])
+        assert panel.measure().measured == v.measured
+
+
+def test_one_architecture_on_two_questions_is_two_populations(tmp_path):
+    for file, column in (("a", 0), ("b", 1)):
+        X = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")
+        np.savez(tmp_path / f"{file}.npz", X=X, y=(X[:, column] > 0).astype(int))
+        recipe = Recipe("table", "mlp", "adam", {"data.path": str(tmp_path / f"{file}.npz"), "model.hidden": 4, "run.steps": 20})
+        Run(recipe).advance().save(Store(tmp_path / "s"), file)
+    found = populations(tmp_path / "s")
+    assert len(found) == 2 and found[0].layout.signature == found[1].layout.signature
+
+
+def test_a_diverged_checkpoint_is_left_out_and_told(folder, tmp_path):
+    source, store = Store(folder), Store(tmp_path / "s")
+    for c in source.checkpoints():
+        store.save(c.run, c.step, source.load(c.run, c.step), c.metrics, c.recipe)
+    bad = source.load(c.run, c.step)
+    bad["model"]["1.bias"][0] = float("nan")
+    store.save(c.run, 10**6, bad, None, c.recipe)
+    report = make_report(tmp_path / "s", tmp_path / "out", SMALL, progress=False)
+    assert len(report.atlas) == 24 and "its training diverged" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_states_of_every_type_keep_it(tmp_path, dtype):
+    judge = own_zoo(tmp_path, plain, dtype=dtype)
+    atlas = chart(tmp_path, SMALL, [judge], progress=False)
+    for state, _ in (atlas.between(2, 8, 0.5), atlas.decode(atlas.z[2] + 0.1)):
+        assert {t.dtype for t in state.values()} == {dtype} and np.isfinite(judge.metrics(state)["loss"])
+
+
+def test_a_model_that_is_no_sequence_has_ways_by_behaviour(tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    judge = own_zoo(tmp_path, Own)
+    atlas = chart(tmp_path, SMALL, [judge], progress=False)
+    assert judge.metrics(atlas.between(2, 8, 0.5)[0])["accuracy"] > 0.5
+    assert state_digest(atlas.between(2, 8, 1)[0]) == state_digest(atlas.state(8))
+
+
+def test_two_runs_make_a_map_without_predictions(tmp_path):
+    atlas = chart(tmp_path, SMALL, [own_zoo(tmp_path, plain, runs=2)], progress=False)
+    assert atlas.predict(atlas.state(0)) == {} and atlas.point(atlas.z[0]).measured
+
+
+def test_outputs_that_are_no_scores_and_too_few_evaluators(tmp_path):
+    judge = own_zoo(tmp_path, plain)
+    squeezed = Evaluator(lambda: nn.Sequential(*plain(), nn.Flatten(0)), judge.probes, judge.tests)
+    with pytest.raises(ValueError, match="scores of shape"):
+        chart(tmp_path, SMALL, [squeezed], progress=False)
+    with pytest.raises(ValueError, match="2 evaluators for 1 populations"):
+        chart(tmp_path, SMALL, [judge, judge], progress=False)
+    with pytest.raises(ValueError, match="no probes"):
+        chart(tmp_path, SMALL, [Evaluator(plain, judge.probes[:0], judge.tests)], progress=False)
+
+
+def test_far_places_are_flagged_and_far_latents_refused_with_their_distance(tmp_path):
+    atlas = chart(tmp_path, SMALL, [own_zoo(tmp_path, plain)], progress=False)
+    panel = AtlasPanel(atlas, tmp_path / "kept")
+    panel.choose(1e6, 1e6)
+    assert "far from every checkpoint" in panel.about
+    try:
+        assert atlas.point(torch.full((4,), 1e4)).origin["distance"] > 100
+    except Refused as e:
+        assert "far from every checkpoint" in str(e)
+    with pytest.raises(ValueError, match="finite numbers are wanted"):
+        atlas.point(torch.zeros(5))
+
+
+def test_directions_of_objectives(atlas):
+    assert [direction_of(n) for n in ("kl", "recon", "val_mse", "f1", "top5 accuracy", "energy")] == ["minimize"] * 3 + ["maximize"] * 2 + [None]
+    with pytest.raises(ValueError, match="twice"):
+        objectives_of(atlas, "accuracy=maximize,accuracy=minimize")
+
+
+def test_a_pipe_in_the_folder_does_not_hang(tmp_path):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in" / "a.pt")
+    assert "no regular file" in import_folder(tmp_path / "in", Store(tmp_path / "s")).refused["a.pt"]
+
+
+def test_the_command_takes_an_evaluator(tmp_path, monkeypatch):
+    judge = own_zoo(tmp_path / "s", plain)
+    module = types.ModuleType("my_evaluators")
+    module.mine = lambda population: judge
+    monkeypatch.setitem(sys.modules, "my_evaluators", module)
+    assert main(["epsilon", "--checkpoint-dir", str(tmp_path / "s"), "--save-dir", str(tmp_path / "out"), "--epochs", "2", "--latent-dim", "3", "--quiet", "--evaluator", "my_evaluators:mine"]) == 0
+    assert "New points" in (tmp_path / "out" / "report.html").read_text()

@@ -252,3 +252,15 @@ def test_no_code_of_independent_gaussian_weights_beats_the_bound(make):
     for bits in (2, 3, 4, 6):
         code, made = make(state, bits)
         assert ((state["w"] - made["w"]) ** 2).mean() / state["w"].var() > 4.0**-code.bits  # else bits were not counted
+
+
+def test_small_tensors_of_any_range_survive_plain_codes():
+    state = {"w.weight": torch.randn(4, 4), "w.bias": torch.full((4,), 1e6), "n.running_var": torch.tensor([1e5, 1e-9]), "b.bias": torch.tensor([1e-9, 70000.0], dtype=torch.float64)}
+    made = encode_plainly(state, 8)[1]
+    for name in ("w.bias", "n.running_var", "b.bias"):
+        assert torch.allclose(made[name].double(), state[name].double(), rtol=1.1e-2, atol=0), name
+
+
+def test_a_code_that_would_overflow_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        encode({"w.weight": torch.full((4, 4), 65504.0, dtype=torch.float16), "w.bias": torch.ones(4, dtype=torch.float16)}, 12)

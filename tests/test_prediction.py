@@ -11,8 +11,9 @@ from torch import nn
 from adaptive_lab.epsilon_vae.conformal import cv_plus, quantile, run_folds, run_weights
 from adaptive_lab.epsilon_vae.features import SPECTRUM, consensus, consensus_signs, features, softmax, spectrum, statistics, weight_names, weight_signs
 from adaptive_lab.epsilon_vae.forest import grow_forest
-from adaptive_lab.epsilon_vae.population import populations
+from adaptive_lab.epsilon_vae.population import Population, populations
 from adaptive_lab.epsilon_vae.prediction import SOURCES, Columns, Described, PerformancePredictor, Prediction, describe, r2
+from adaptive_lab.epsilon_vae.weights import layout_of
 from adaptive_lab.evaluator import Evaluator, Unfit
 from adaptive_lab.forecasting import agreed, across, against_bars, left_out, scores_of
 from adaptive_lab.store import Store
@@ -316,7 +317,7 @@ def test_a_broken_checkpoint_is_named(folder, tmp_path):
     state["0.weight"][0, 0] = math.nan
     store.save("lost", 7, {"model": state}, metrics={"score": 1.0})
     with pytest.raises(ValueError, match="lost at step 7: 0.weight has 1 of 30"):
-        describe(populations(tmp_path)[0], progress=False)
+        describe(Population(store, store.checkpoints(), layout_of(state)), progress=False)
 
 
 def test_runs_with_the_same_seed_are_not_learnt_from_across_widths(tmp_path):

@@ -74,8 +74,11 @@ def moved(
     model = evaluator.model(state)
     name = called(model, evaluator.probes)[-1]
     layer = model.get_submodule(name)
+    if layer.weight.shape[0] != change.shape[1]:
+        raise ValueError(f"the last layer that is called, {name!r}, has {layer.weight.shape[0]} outputs and the model {change.shape[1]}: a model that ends in a Linear layer is wanted")
     step = solved(inputs_of(model, name, evaluator.probes), change.double(), ridge)
     own = layer.weight.detach().double().flatten(1)
     own = own if layer.bias is None else torch.cat([own, layer.bias.detach().double()[:, None]], 1)
     put(layer, own + step)
-    return {n: t.clone() for n, t in model.state_dict().items()}
+    made = model.state_dict()
+    return {n: made[n].to(t.dtype, copy=True) for n, t in state.items()}

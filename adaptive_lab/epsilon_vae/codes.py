@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINE', 'WHOLE', 'ROOTS', 'FINEST', 'COARSEST', 'Item', 'plan', 'write_small', 'read_small', 'write_exact',
            'read_exact', 'delta', 'write_levels', 'read_levels', 'grid_values', 'matrix_of', 'put_matrix', 'Attempt',
-           'base_matrix', 'search', 'check_finite', 'count_weights', 'encode', 'decode', 'encode_plainly',
+           'base_matrix', 'search', 'check_finite', 'count_weights', 'encode', 'decode', 'in_half', 'encode_plainly',
            'decode_plainly']
 
 # %% ../../nbs/43_epsilon_vae.codes.ipynb #0003
@@ -253,6 +253,7 @@ def encode(
     k, (w, made) = (k, job.at(k)) if k is not None else search(price, bits)
     meta = {"k": k, "items": [[i.way, i.name, i.bias] for i in job.items], "base": digest(base) if base else None,
             "tensors": [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in state.items()]}
+    check_finite(made)  # a type of small range may not hold what was rounded up
     return Code("levels", {"stream": torch.frombuffer(bytearray(w.done()), dtype=torch.uint8)}, meta, weights), made
 
 # %% ../../nbs/43_epsilon_vae.codes.ipynb #0029
@@ -279,6 +280,14 @@ def decode(code: Code, base: State | None = None) -> State:
     return {n: made[n] for n in shapes}
 
 # %% ../../nbs/43_epsilon_vae.codes.ipynb #0035
+def in_half(x: torch.Tensor) -> torch.Tensor:
+    "Numbers in half precision where it holds each of them to a hundredth, else in the first type that does."
+    for dtype in (torch.float16, torch.float32):
+        if ((x - x.to(dtype).double()).abs() <= 1e-2 * x.abs()).all():
+            return x.to(dtype)
+    return x
+
+# %% ../../nbs/43_epsilon_vae.codes.ipynb #0036
 def encode_plainly(
     state: State,  # finite
     k: float = 4,  # bits; whole, or a mean over rows of mixed widths
@@ -298,13 +307,13 @@ def encode_plainly(
             data |= {f"{item.name}:{part}": torch.from_numpy(x) for part, x in parts.items()}
         else:
             b = 0 if own(item.name) is None else own(item.name).double()
-            data[item.name] = t.clone() if item.way == "exact" else (t.double() - b).half()
+            data[item.name] = t.clone() if item.way == "exact" else in_half(t.double() - b)
     meta = {"k": k, "kind": kind, "base": digest(base) if base else None,
             "tensors": [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in state.items()]}
     code = Code("rows", data, meta, count_weights(state))
     return code, decode_plainly(code, base)
 
-# %% ../../nbs/43_epsilon_vae.codes.ipynb #0036
+# %% ../../nbs/43_epsilon_vae.codes.ipynb #0037
 def decode_plainly(code: Code, base: State | None = None) -> State:
     "The state of a row code. Raises `ValueError` for another base."
     if code.meta["base"] != (digest(base) if base else None):

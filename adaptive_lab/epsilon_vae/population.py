@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['metric_matrix', 'Population', 'state', 'vector', 'metrics', 'only', 'last', 'split', 'has_recipe', 'evaluator',
-           'populations']
+           'data_named', 'populations']
 
 # %% ../../nbs/41_epsilon_vae.population.ipynb #0003
 import math
@@ -102,21 +102,31 @@ for f in (only, last, split, has_recipe, evaluator):
     setattr(Population, f.__name__, f)
 
 # %% ../../nbs/41_epsilon_vae.population.ipynb #0013
+def data_named(recipe) -> tuple:
+    "Which data a recipe names: the part and its files, and not how much of them or in which order."
+    if not isinstance(recipe, dict) or "data" not in recipe:
+        return ()
+    return (recipe["data"], *sorted((k, v) for k, v in recipe.get("knobs", {}).items() if k.startswith("data.") and isinstance(v, str)))
+
 def populations(
     folder,  # of a store
     runs=None,  # names of runs; all by default
 ) -> list[Population]:
-    "The checkpoints of a store by architecture, the largest group first. Raises `ValueError` if there is none."
+    "The checkpoints of a store by architecture and data, the largest group first. Raises `ValueError` if there is none."
     store, found, layouts = Reader(folder), {}, {}
     for row in store.checkpoints():
         if runs is None or row.run in runs:
             try:
-                where = layout_of(model_state(store.load(row.run, row.step)))
+                state = model_state(store.load(row.run, row.step))
+                where = layout_of(state)
+                if bad := [s.name for s in where.slots if not torch.isfinite(state[s.name]).all()]:
+                    raise ValueError(f"{bad[0]} has numbers that are not finite: its training diverged")
             except (StoreError, ValueError) as e:
                 warnings.warn(f"{row.run} at step {row.step} is left out: {e}", stacklevel=2)
                 continue
-            layouts.setdefault(where.signature, where)
-            found.setdefault(where.signature, []).append(row)
+            key = where.signature, data_named(row.recipe)
+            layouts.setdefault(key, where)
+            found.setdefault(key, []).append(row)
     if not found:
         raise ValueError(f"{store.folder} has no checkpoint to learn from: save some, or import them, or give another folder")
-    return [Population(store, rows, layouts[s]) for s, rows in sorted(found.items(), key=lambda g: -len(g[1]))]
+    return [Population(store, rows, layouts[key]) for key, rows in sorted(found.items(), key=lambda g: -len(g[1]))]

@@ -53,6 +53,15 @@ class Described:
         return replace(self, weights=weights, logits=logits, metrics=metrics, groups=groups)
 
 # %% ../../nbs/43_epsilon_vae.prediction.ipynb #0006
+def _answers(evaluator: Evaluator, state, name: str) -> np.ndarray:  # (probes, classes) float32
+    "Outputs on the probes. Raises `ValueError` for outputs that are no scores of two classes or more."
+    out = evaluator.outputs(state) if len(evaluator.probes) else None
+    if out is None or out.ndim != 2 or out.shape[1] < 2:
+        has = "no output, as there are no probes" if out is None else f"outputs of shape {tuple(out.shape)}"
+        raise ValueError(f"{name} gives {has}: scores of shape (probes, classes) are wanted, of two classes at least")
+    return out.float().numpy()
+
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0007
 def describe(
     population: Population,
     evaluator: Evaluator | None = None,  # by default that of the recipe, where there is one
@@ -75,11 +84,11 @@ def describe(
         except ValueError as e:
             raise ValueError(f"{row.run} at step {row.step}: {e}") from None
         if outputs and evaluator is not None:
-            said.append(evaluator.outputs(state).numpy())
+            said.append(_answers(evaluator, state, f"{row.run} at step {row.step}"))
     table, names = population.metrics(metrics)
     return Described(np.stack(signs), np.stack(said) if said else None, table, names, population.groups, positions)
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0010
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0011
 SOURCES = ("statistics", "spectra", "outputs", "consensus")
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class Columns:
             joined[d.groups == r] = rows
         return joined
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0013
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0014
 @dataclass(frozen=True)
 class Ridge:
     "A line on standardised columns; a column further than 5 standard deviations out counts as 5."
@@ -137,7 +146,7 @@ def blend_of(line: np.ndarray, trees: np.ndarray, Y: np.ndarray) -> np.ndarray: 
     apart = line - trees
     return (((Y - trees) * apart).sum(0) / np.maximum((apart**2).sum(0), 1e-12)).clip(0, 1)
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0016
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0017
 class Prediction(Knobs):
     "How metrics are predicted."
 
@@ -150,7 +159,7 @@ class Prediction(Knobs):
 
 LIMITS = {"accuracy": (0, 1), "train_accuracy": (0, 1), "gap": (-1, 1), "loss": (0, math.inf), "train_loss": (0, math.inf)}
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0018
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0019
 @dataclass
 class Head:
     "Models of every fold for some metrics, and the scores of their errors."
@@ -175,7 +184,7 @@ class Head:
         "The size of error to expect."
         return self.sizes[k].predict(A) + self.least
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0019
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0020
 def fit_head(
     matrices,  # of the fold's runs -> (n, f), what is seen when these are left out
     Y: np.ndarray,  # (n, m) without holes
@@ -204,7 +213,7 @@ def fit_head(
     errors = np.abs(Y - head.blend * line - (1 - head.blend) * trees)
     return _fit_sizes(head, honest, errors, fold, groups, knobs)
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0020
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0021
 def _fit_sizes(head: Head, honest, errors, fold, groups, knobs: Prediction) -> Head:
     "The second half: how large errors are, and the scores."
     scale = np.maximum(errors.mean(0), 1e-12)
@@ -218,7 +227,7 @@ def _fit_sizes(head: Head, honest, errors, fold, groups, knobs: Prediction) -> H
     head.fold, head.weights = fold, run_weights(groups, knobs.coverage, knobs.promised)
     return head
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0024
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0025
 class PerformancePredictor:
     "Metrics of checkpoints of unseen runs, with conformal intervals."
 
@@ -237,7 +246,7 @@ class PerformancePredictor:
         self.evaluator, self.progress = evaluator, progress
         return self._fit_described(data) if isinstance(data, Described) else self._fit_table(*data)
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0026
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0027
 def _fit_described(self, d: Described):
     "From signs, the consensus apart for each fold."
     of_weights = tuple(u for u in self.use if u in SOURCES[:2])
@@ -261,7 +270,7 @@ def _fit_table(self, X, metrics: dict, groups):
 
 PerformancePredictor._fit_described, PerformancePredictor._fit_table = _fit_described, _fit_table
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0028
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0029
 def _fit_heads(self, matrices, Y: np.ndarray, names: list[str], groups: np.ndarray, linear: int):
     "Group the metrics by what is missing, and fit each group. Raises `ValueError` with fewer than two runs."
     run_folds(groups, 2)
@@ -283,7 +292,7 @@ def _fit_heads(self, matrices, Y: np.ndarray, names: list[str], groups: np.ndarr
 
 PerformancePredictor._fit_heads = _fit_heads
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0030
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0031
 def predict_many(self, data) -> dict[str, np.ndarray]:  # metric -> (n, 3): value, low, high
     "Predict each row of a `Described`, or of features (n, f). Raises `ValueError` before `fit`, or for other features."
     if not self.heads and not self.constant:
@@ -313,7 +322,7 @@ def _softs(self, head: Head) -> list:
 
 PerformancePredictor.predict_many, PerformancePredictor._softs = predict_many, _softs
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0031
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0032
 def predict(
     self,
     checkpoint,  # a state, or features (f,)
@@ -327,14 +336,14 @@ def predict(
         outputs = {"outputs", "consensus"} & set(self.columns.use)
         if outputs and evaluator is None:
             raise ValueError("this predictor looks at outputs, and no evaluator is there: give evaluator=Evaluator(build, probes, tests)")
-        logits = evaluator.outputs(state)[None].numpy() if outputs else None
+        logits = _answers(evaluator, state, "this checkpoint")[None] if outputs else None
         signs = weight_signs(state, self.columns.positions)[None]
         data = Described(signs, logits, np.zeros((1, 0)), [], np.zeros(1, int), self.columns.positions)
     return {name: tuple(float(v) for v in row[0]) for name, row in self.predict_many(data).items()}
 
 PerformancePredictor.predict = predict
 
-# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0035
+# %% ../../nbs/43_epsilon_vae.prediction.ipynb #0036
 def r2(y: np.ndarray, predicted: np.ndarray) -> float:
     "The share of variance explained, over the rows where y is there; NaN where y is constant."
     there = np.isfinite(y)

@@ -252,7 +252,7 @@ def distance(self, z) -> Tensor:  # (n,), or a scalar for one
 
 def find_pareto_frontier(self, metrics, objectives: list[str] | None = None) -> Tensor:  # int64, sorted
     "Indices of the rows of metrics that no other row dominates; `objectives` says minimize or maximize for each column."
-    return torch.from_numpy(pareto_front(torch.as_tensor(metrics).detach().cpu().numpy(), objectives))
+    return torch.from_numpy(pareto_front(metrics, objectives))
 
 for f in (watch, distance, find_pareto_frontier):
     setattr(EpsilonVAE, f.__name__, f)

@@ -12,7 +12,7 @@ import ipywidgets as w
 import numpy as np
 import torch
 
-from ..epsilon_vae.atlas import Atlas
+from ..epsilon_vae.atlas import Atlas, direction_of
 from ..maps import nearest, scatter, scatter3
 from .decoded import DecodedPanel
 from .picture import Picture, still
@@ -82,10 +82,11 @@ def draw(self):
 def _draw_space(self):
     "Three metrics in space, with the Pareto front."
     names = [n for n in ("accuracy", "loss", "gap", "weights") if n in self.names]
-    names = ([n for n in names if np.unique(self.atlas.metrics([n])[0]).size > 1] + [n for n in self.names if n not in names])[:3]
+    more = [n for n in self.names if n not in names and direction_of(n)]
+    names = ([n for n in names if np.unique(self.atlas.metrics([n])[0]).size > 1] + more)[:3]
     if len(names) < 3:
         return
-    words = {n: "maximize" if n == "accuracy" else "minimize" for n in names}
+    words = {n: direction_of(n) or "maximize" for n in names}
     table, _ = self.atlas.metrics(names)
     title = "Pareto front: " + ", ".join(f"{word} {n}" for n, word in words.items())
     self.space.svg = scatter3(table, title, self.atlas.front(words), names, self.azimuth.value, self.elevation.value, width=430, height=330)[0]
@@ -100,11 +101,12 @@ def _pointed(self, point: list):
 def choose(self, x: float, y: float):
     "Decode the network at a place of the map."
     z = self.atlas.latent_at(x, y)
-    near, far = self.atlas.nearest(z), self.atlas.distance(z)
+    near, far = self.atlas.nearest(z), max(self.atlas.distance(z), self.atlas.distance_at(x, y))
     row = self.atlas.rows[near]
-    away = "a checkpoint itself" if torch.equal(z, self.atlas.z[near]) else f"distance {far:.2f}" + (" — <b>far from every checkpoint: do not trust the prediction</b>" if far > 1 else "")
+    own = torch.equal(z, self.atlas.z[near])
+    away = "a checkpoint itself" if own else f"distance {far:.2f}" + (" — <b>far from every checkpoint: do not trust the prediction</b>" if far > 1 else "")
     origin = dict(latent=[float(v) for v in z], near=dict(run=row.run, step=row.step, hash=row.hash), distance=far)
-    self.take(lambda: self._from(self.atlas.decode(z, near)), f"near <b>{escape(row.run)}</b> at step {row.step}, {away}", origin)
+    self.take(lambda: self._from(self.atlas.decode(z, near)), f"near <b>{escape(row.run)}</b> at step {row.step}, {away}", origin, own)
 
 def mark(self, letter: str):
     "Mark the checkpoint nearest to the pointer as an end of the way."
@@ -119,10 +121,12 @@ def mark(self, letter: str):
 def slide(self, t: float):
     "Decode the network at a share of the way from A to B."
     i, j = self.marked["A"], self.marked["B"]
+    if i is None or j is None:
+        raise ValueError("two checkpoints are needed to go between: mark A and B first")
     rows = [self.atlas.rows[k] for k in (i, j)]
     about = f"{t:.0%} of the way from <b>{escape(rows[0].run)}</b> at {rows[0].step} to <b>{escape(rows[1].run)}</b> at {rows[1].step}"
     origin = dict(between=[dict(run=r.run, step=r.step, hash=r.hash) for r in rows], t=t)
-    self.take(lambda: self._from(self.atlas.between(i, j, t)), about, origin)
+    self.take(lambda: self._from(self.atlas.between(i, j, t)), about, origin, t in (0, 1))
 
 def _ipython_display_(self):
     from IPython.display import display

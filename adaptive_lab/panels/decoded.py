@@ -69,7 +69,7 @@ class DecodedPanel:
     ):
         self.evaluator, self.recipe, self.store = evaluator, recipe, Store(store)
         self.state = self.verified = None  # what is decoded; what was measured
-        self.predicted, self.origin, self.about, self.seconds = {}, {}, "", 0.0
+        self.predicted, self.origin, self.about, self.seconds, self.exact = {}, {}, "", 0.0, False
         self._still, self._waiting = Still(), None
         wide = dict(description_width="6em")
         self.status, self.numbers, self.samples = w.HTML(), w.HTML(), Picture()
@@ -92,6 +92,7 @@ def take(
     decode,  # gives a state
     about: str,  # HTML that says what it is
     origin: dict,  # JSON data: how it was made
+    exact: bool = False,  # a checkpoint as it is, whose running statistics stay
 ):
     "Decode and predict now; measure when nothing changes any more."
     begun = time.perf_counter()
@@ -101,7 +102,7 @@ def take(
     except (ValueError, StoreError, ArithmeticError) as e:
         self.status.value = f"{about}<br><b>{escape(str(e))}</b>"
         return
-    self.state, self.predicted, self.about, self.origin, self.verified = state, predicted, about, origin, None
+    self.state, self.predicted, self.about, self.origin, self.exact, self.verified = state, predicted, about, origin, exact, None
     self.numbers.value, self.status.value = numbers_html(predicted, {}), about
     self.seconds = time.perf_counter() - begun
     self._later()
@@ -122,7 +123,7 @@ def measure(self) -> Verified | None:
     if self.evaluator is None or self.state is None:
         return None
     try:
-        self.verified = verify(self.state, self.evaluator, self.predicted, self.origin)
+        self.verified = verify(self.state, self.evaluator, self.predicted, self.origin, recalibrate=not self.exact)
     except Refused as e:
         self.status.value = f"{self.about}<br><b>refused: {escape(str(e))}</b>"
         return None
