@@ -144,7 +144,10 @@ def test_what_is_not_finite_is_named(tmp_path, bad):
     states = [net(s) for s in range(4)]
     states[2]["2.weight"][1, 2] = bad
     with pytest.raises(ValueError, match=r"run at step 20: tensor '2.weight' holds (nan|inf) at element 8.*Leave this checkpoint out"):
-        run_frame(stored(tmp_path, states))
+        store = Store(tmp_path)
+        for i, state in enumerate(states):
+            store.save("run", 10 * i, {"model": state})
+        run_frame(Population(store, store.checkpoints(), layout_of(states[0])))
     whole = frame_of_states([net(0), net(1)])
     with pytest.raises(ValueError, match="the given state: tensor '2.weight'"):
         whole.encode(states[2])

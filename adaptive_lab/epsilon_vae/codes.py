@@ -237,6 +237,7 @@ def count_weights(state: State) -> int:
     "Learnt numbers of a state: what bits a weight are counted over."
     return sum(t.numel() for n, t in state.items() if kind_of(n, t) not in ("statistic", "other")) or sum(t.numel() for t in state.values())
 
+# %% ../../nbs/43_epsilon_vae.codes.ipynb #0028
 def encode(
     state: State,  # finite
     bits: float = 4.0,  # a weight, at most; everything counted
@@ -246,6 +247,8 @@ def encode(
 ) -> tuple[Code, State]:  # and what it decodes to
     "A code of at most so many bits a weight. Raises `ValueError` for too few bits, and for numbers that are not finite."
     check_finite(state)
+    if k is None and not (isinstance(bits, (int, float)) and 0 < bits < float("inf")):
+        raise ValueError(f"bits={bits!r} is not allowed: a finite number of bits a weight, more than 0, such as 4.0")
     job, weights = Attempt(state, evaluator, base), count_weights(state)
     def price(k):
         w, made = job.at(k)
@@ -256,7 +259,7 @@ def encode(
     check_finite(made)  # a type of small range may not hold what was rounded up
     return Code("levels", {"stream": torch.frombuffer(bytearray(w.done()), dtype=torch.uint8)}, meta, weights), made
 
-# %% ../../nbs/43_epsilon_vae.codes.ipynb #0029
+# %% ../../nbs/43_epsilon_vae.codes.ipynb #0030
 def decode(code: Code, base: State | None = None) -> State:
     "The state of a code. Raises `ValueError` for another base, and for a damaged code."
     if code.meta["base"] != (given := digest(base) if base else None):
@@ -279,7 +282,7 @@ def decode(code: Code, base: State | None = None) -> State:
         raise ValueError("this code does not end where its state does: it is damaged. Load another copy")
     return {n: made[n] for n in shapes}
 
-# %% ../../nbs/43_epsilon_vae.codes.ipynb #0035
+# %% ../../nbs/43_epsilon_vae.codes.ipynb #0036
 def in_half(x: torch.Tensor) -> torch.Tensor:
     "Numbers in half precision where it holds each of them to a hundredth, else in the first type that does."
     for dtype in (torch.float16, torch.float32):
@@ -287,7 +290,7 @@ def in_half(x: torch.Tensor) -> torch.Tensor:
             return x.to(dtype)
     return x
 
-# %% ../../nbs/43_epsilon_vae.codes.ipynb #0036
+# %% ../../nbs/43_epsilon_vae.codes.ipynb #0037
 def encode_plainly(
     state: State,  # finite
     k: float = 4,  # bits; whole, or a mean over rows of mixed widths
@@ -313,7 +316,7 @@ def encode_plainly(
     code = Code("rows", data, meta, count_weights(state))
     return code, decode_plainly(code, base)
 
-# %% ../../nbs/43_epsilon_vae.codes.ipynb #0037
+# %% ../../nbs/43_epsilon_vae.codes.ipynb #0038
 def decode_plainly(code: Code, base: State | None = None) -> State:
     "The state of a row code. Raises `ValueError` for another base."
     if code.meta["base"] != (digest(base) if base else None):

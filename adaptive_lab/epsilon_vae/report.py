@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..cells import one_thread
 from ..draw import curves
 from ..durable import write_durably
 from .atlas import Atlas, Charting, chart, direction_of
@@ -150,8 +151,9 @@ def on_paths(report: Report, points: int = 11):
     found = {"averaged": (ts, [worth(line(t), k) for t in ts])} if k == l else {}
     found["matched"] = ts, [worth(*atlas.between(*best, t)) for t in ts]
     names = [f"{atlas.rows[i].run} at {atlas.rows[i].step}" for i in best]
-    told = "<p>Averaged: the mean of the weights. Matched: units in one order, then each layer solved for what lies between the two; no label is used.</p>"
-    report.add("Between the two best runs", curves(found, f"accuracy from {names[0]} to {names[1]}", "t", xlim=(0, 1), width=640, height=260), told)
+    told = ("Averaged: the mean of the weights. Matched: units in one order, then each layer solved for what lies between the two; no label is used."
+            if k == l else "The two differ in architecture: the behaviour of the one is led to that of the other, in the network that is nearer.")
+    report.add("Between the two best runs", curves(found, f"accuracy from {names[0]} to {names[1]}", "t", xlim=(0, 1), width=640, height=260), f"<p>{told}</p>")
 
 # %% ../../nbs/83_epsilon_vae.report.ipynb #0017
 def on_landscape(report: Report, cells: int = 25):
@@ -201,6 +203,7 @@ def point_row(atlas: Atlas, v: Verified, made: list[Verified]) -> dict:
     return dict(near=f"{row.run} at {row.step}", **{k: x for pair in zip(said.items(), found.items()) for k, x in pair}, saved=f"step {kept[0]}" if kept else "–")
 
 # %% ../../nbs/83_epsilon_vae.report.ipynb #0022
+@one_thread()  # matrices this small lose more by sharing work than they gain
 def make_report(
     checkpoint_dir,  # a store, or a folder of weight files
     save_dir,  # gets report.html, atlas.safetensors, and the store `decoded`
