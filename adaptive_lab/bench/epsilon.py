@@ -22,6 +22,7 @@ from ..epsilon_vae.barriers import good_pairs, table
 from ..epsilon_vae.frame import below_linear, decode_rows, path_rows
 from ..epsilon_vae.prediction import Prediction
 from ..forecasting import against_bars, forecasts
+from ..learned_decoding import DECODERS
 from ..learned_decoding import compare as compare_learned
 
 # %% ../../nbs/97_bench.epsilon.ipynb #0005
@@ -87,8 +88,6 @@ def codes(quick: bool) -> Report:
 def decoders(quick: bool) -> Report:
     "The learned decoder alone, beside the nearest and the best checkpoint."
     known, unseen = zoo("quick")[0].split(0.3) if quick else (zoo("digits")[0], zoo("digits again")[0])
-    from adaptive_lab.learned_decoding import DECODERS
-
     some = {n: DECODERS[n] for n in ("best checkpoint", "nearest checkpoint", "functions, step .008")} if quick else DECODERS
     rows = compare_learned(known, unseen, some, seeds=(0,), every=16 if quick else 8)
     columns = dict(decoder="decoder", agreement="agreement", final_agreement="agreement, last", difference="accuracy − true", difference_95="95%", final_difference="last", final_difference_95="95%, last", numbers="numbers", bits="bits a weight")

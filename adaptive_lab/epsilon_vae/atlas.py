@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AROUND', 'SMALL', 'LARGE', 'Charting', 'Atlas', 'rows', 'at', 'state', 'metrics', 'chart', 'nearest', 'decode',
-           'latent_at', 'distance', 'distance_at', 'predict', 'point', 'frame', 'between', 'direction_of', 'front',
-           'propose']
+           'latent_at', 'spacing', 'distance', 'distance_at', 'predict', 'point', 'frame', 'between', 'direction_of',
+           'front', 'propose']
 
 # %% ../../nbs/48_epsilon_vae.atlas.ipynb #0003
 import re
@@ -25,7 +25,7 @@ from .population import Population, metric_matrix, populations
 from .prediction import Described, PerformancePredictor, describe
 from .training import descend
 from .vae import EpsilonVAE
-from .weights import State
+from .weights import State, layout_of
 from ..evaluator import Evaluator
 from ..data.streams import seeded
 from ..knobs import Knobs, knob
@@ -49,7 +49,7 @@ class Atlas:
     knobs: Charting
     populations: list[Population]
     evaluators: list[Evaluator | None]
-    described: list[Described]
+    described: Described  # of all populations, in their order
     behaviour: Behaviour | None  # None where weights alone are known
     codes: Tensor  # (n, directions + 1), or (n, statistics of weights)
     vae: EpsilonVAE
@@ -109,16 +109,16 @@ def chart(
     judges = list(evaluators) if evaluators else [p.evaluator() if p.has_recipe() else None for p in found]
     if len(judges) != len(found):
         raise ValueError(f"{len(judges)} evaluators for {len(found)} populations: give one for each, in the order of populations(folder)")
-    together, described = _together(found, judges, progress)
+    together = _together(found, judges, progress)
     behaviour = None if together.logits is None else behaviour_of(torch.from_numpy(together.logits), knobs.directions)
     codes = _statistics(together.weights) if behaviour is None else behaviour.encode(torch.from_numpy(together.logits))
     predictor = PerformancePredictor().fit(together, progress=progress) if len(set(together.groups.tolist())) > 2 and together.names else None
     vae, losses = _trained(codes, torch.from_numpy(together.metrics).float(), knobs, progress)
-    return _placed(Atlas(knobs, found, judges, described, behaviour, codes, vae, torch.zeros(0), np.zeros(0), predictor, losses))
+    return _placed(Atlas(knobs, found, judges, together, behaviour, codes, vae, torch.zeros(0), np.zeros(0), predictor, losses))
 
 # %% ../../nbs/48_epsilon_vae.atlas.ipynb #0012
-def _together(found: list[Population], judges: list, progress: bool) -> tuple[Described, list[Described]]:
-    "What is seen of all populations, and of each. Raises `ValueError` where outputs differ in shape."
+def _together(found: list[Population], judges: list, progress: bool) -> Described:
+    "What is seen of all populations. Raises `ValueError` where outputs differ in shape."
     names = metric_matrix([c.metrics for p in found for c in p.rows])[1]
     known = all(j is not None for j in judges)
     described = [_with_metrics(describe(p, j, outputs=known, positions=3, progress=progress), p, names) for p, j in zip(found, judges)]
@@ -128,7 +128,7 @@ def _together(found: list[Population], judges: list, progress: bool) -> tuple[De
     together = described[0]
     for d in described[1:]:
         together = together + d
-    return together, described
+    return together
 
 def _statistics(weights: np.ndarray) -> Tensor:  # (n, f) float32
     "Statistics of weights, each in units of its spread; those that do not vary are 0."
@@ -203,20 +203,22 @@ def latent_at(self, x: float, y: float) -> Tensor:  # (latent_dim,)
     weights = torch.from_numpy(far[around] ** -2.0).float()
     return (weights / weights.sum()) @ self.z[around]
 
+def spacing(points: Tensor, least: float) -> float:
+    "The distance that 95% of points have at most to their nearest neighbour; where that is nothing, `least` or 1."
+    apart = torch.cdist(points, points).fill_diagonal_(torch.inf).amin(1)
+    return max(float(apart.quantile(0.95)), least) or 1.0
+
 def distance(self, z: Tensor) -> float:
     "How far a latent is from the nearest checkpoint, in units of the distance that most have to their neighbours; beyond 1 it is flagged."
     if not hasattr(self, "_usual"):
-        apart = torch.cdist(self.z, self.z).fill_diagonal_(torch.inf).amin(1)
-        spread = float((self.z - self.z.mean(0)).norm(dim=1).mean())
-        self._usual = max(float(apart.quantile(0.95)), 0.01 * spread) or 1.0
+        self._usual = spacing(self.z, 0.01 * float((self.z - self.z.mean(0)).norm(dim=1).mean()))
     return float((self.z - torch.as_tensor(z)).norm(dim=1).amin()) / self._usual
 
 def distance_at(self, x: float, y: float) -> float:
     "The same of a point of the flat map."
     if not hasattr(self, "_usual_flat"):
         flat = torch.from_numpy(self.flat)
-        apart = torch.cdist(flat, flat).fill_diagonal_(torch.inf).amin(1)
-        self._usual_flat = max(float(apart.quantile(0.95)), 0.01 * float(flat.std())) or 1.0
+        self._usual_flat = spacing(flat, 0.01 * float(flat.std()))
     return float(np.hypot(*(self.flat - (x, y)).T).min()) / self._usual_flat
 
 for f in (nearest, decode, latent_at, distance, distance_at):
@@ -331,7 +333,7 @@ def _good(self, objectives: dict[str, str], many: int = 16) -> np.ndarray:
 # %% ../../nbs/48_epsilon_vae.atlas.ipynb #0029
 def _measured(self, v: Verified, name: str) -> float:
     "A measured metric of a point, or the number of its weights."
-    return float(sum(t.numel() for n, t in v.state.items() if not n.endswith(("running_mean", "running_var", "num_batches_tracked")))) if name == "weights" else v.measured[name]
+    return float(layout_of(v.state).size) if name == "weights" else v.measured[name]
 
 for f in (front, propose, _good, _measured):
     setattr(Atlas, f.__name__, f)

@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
-from .weights import STATISTICS, Layout, State, flatten, unflatten
+from .weights import Layout, State, flatten, is_statistic, unflatten
 from ..evaluator import SLICE, Evaluator
 from ..run import state_digest
 from ..store import Checkpoint, Store
@@ -25,11 +25,10 @@ def recalibrated(
     X: Tensor | None = None,  # (n, ...) inputs; the probes by default
 ) -> State:
     "The state with running means and variances as measured on inputs; the same state if it has none. Raises `Unfit`."
-    if not any(name.rpartition(".")[2] in STATISTICS for name in state):
+    if not any(map(is_statistic, state)):
         return state
     model = evaluator.model(state)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None]
-    before = [(m, m.momentum) for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None
@@ -37,10 +36,8 @@ def recalibrated(
     with torch.no_grad():
         for x in (evaluator.probes if X is None else X).split(SLICE):
             model(x)
-    for m, momentum in before:
-        m.momentum = momentum
     found = model.state_dict()
-    return {n: found[n].clone() if n.rpartition(".")[2] in STATISTICS else t for n, t in state.items()}
+    return {n: found[n].clone() if is_statistic(n) else t for n, t in state.items()}
 
 # %% ../../nbs/42_epsilon_vae.gate.ipynb #0009
 def corrected_path(
@@ -100,7 +97,7 @@ def verify(
     recalibrate: bool = True,  # measure running statistics anew
 ) -> Verified:
     "Build, check, measure. Raises `Refused`, and `ValueError` for an unknown metric in `least`."
-    check_finite({n: t for n, t in state.items() if not (recalibrate and n.rpartition(".")[2] in STATISTICS)})
+    check_finite({n: t for n, t in state.items() if not (recalibrate and is_statistic(n))})
     try:
         state = recalibrated(state, evaluator) if recalibrate else state
         measured = evaluator.metrics(state)

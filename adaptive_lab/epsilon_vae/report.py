@@ -117,9 +117,7 @@ def volume(table: np.ndarray, objectives: dict[str, str]) -> float:
 def on_prediction(report: Report, share: float = 0.25):
     "R² and coverage of the predictor on runs left out."
     atlas = report.atlas
-    together = atlas.described[0]
-    for d in atlas.described[1:]:
-        together = together + d
+    together = atlas.described
     runs = np.unique(together.groups[np.isfinite(together.metrics).any(1)])
     if len(runs) < 8 or not together.names:
         report.add("Prediction of metrics", f"<p>There are {len(runs)} runs with metrics; eight are needed to tell on some what was learnt on others.</p>")

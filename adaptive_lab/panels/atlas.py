@@ -30,6 +30,7 @@ class AtlasPanel(DecodedPanel):
         super().__init__(atlas.evaluators[0], store, atlas.rows[0].recipe)
         self.atlas, self.names, self.kind = atlas, atlas.metrics()[1], 0
         self.marked: dict[str, int | None] = {"A": None, "B": None}
+        self.front = self._front()  # it does not change, and turning it must be quick
         self._build()
         self.draw()
         best = int(np.nanargmax(self._values())) if self.colour.value == "accuracy" else 0
@@ -79,17 +80,20 @@ def draw(self):
     self.map.box = list(self.frame.box)
     self._draw_space()
 
-def _draw_space(self):
-    "Three metrics in space, with the Pareto front."
+def _front(self):
+    "Names, directions, values and front of the three metrics that are shown in space; None where there are no three."
     names = [n for n in ("accuracy", "loss", "gap", "weights") if n in self.names]
     more = [n for n in self.names if n not in names and direction_of(n)]
     names = ([n for n in names if np.unique(self.atlas.metrics([n])[0]).size > 1] + more)[:3]
-    if len(names) < 3:
-        return
     words = {n: direction_of(n) or "maximize" for n in names}
-    table, _ = self.atlas.metrics(names)
-    title = "Pareto front: " + ", ".join(f"{word} {n}" for n, word in words.items())
-    self.space.svg = scatter3(table, title, self.atlas.front(words), names, self.azimuth.value, self.elevation.value, width=430, height=330)[0]
+    return (names, words, self.atlas.metrics(names)[0], self.atlas.front(words)) if len(names) == 3 else None
+
+def _draw_space(self):
+    "Three metrics in space, with the Pareto front, as the sliders turn them."
+    if self.front:
+        names, words, table, front = self.front
+        title = "Pareto front: " + ", ".join(f"{word} {n}" for n, word in words.items())
+        self.space.svg = scatter3(table, title, front, names, self.azimuth.value, self.elevation.value, width=430, height=330)[0]
 
 # %% ../../nbs/91_panels.atlas.ipynb #0009
 def _pointed(self, point: list):
@@ -134,5 +138,5 @@ def _ipython_display_(self):
     self._still.show(still([self.map.svg, self.samples.svg], "Run this cell to make it live."))
     display(self.root)
 
-for f in (_build, _values, draw, _draw_space, _pointed, choose, mark, slide, _ipython_display_):
+for f in (_build, _values, draw, _front, _draw_space, _pointed, choose, mark, slide, _ipython_display_):
     setattr(AtlasPanel, f.__name__, f)
