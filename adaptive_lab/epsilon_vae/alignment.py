@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data.streams import seeded
 from .weights import State
-from ..evaluator import Evaluator
+from ..evaluator import Evaluator, hooked
 
 # %% ../../nbs/42_epsilon_vae.alignment.ipynb #0005
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def activations(
     "What each hidden unit does on inputs."
     model, kept = evaluator.model(state), {}
     hooks = [model.get_submodule(g.layer).register_forward_hook(lambda m, x, y, k=k: kept.__setitem__(k, y)) for k, g in enumerate(groups)]
-    model(evaluator.probes if X is None else X)
-    for h in hooks: h.remove()
+    with hooked(hooks):
+        model(evaluator.probes if X is None else X)
     return [kept[k].movedim(1, 0).reshape(g.size, -1).double() for k, g in enumerate(groups)]
 
 def correlations(a: Tensor, b: Tensor) -> Tensor:  # (units of a, units of b)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data.streams import seeded
 from .frame import run_frame
+from .gate import collect, with_statistics
 from .population import Population
 from .weights import Layout, State, flatten, layout_of, unflatten
 from ..evaluator import Evaluator, outputs, scores
@@ -181,28 +182,13 @@ def coarse_to_fine(n: int, m: int) -> list[tuple[int, int]]:
     return list(seen)
 
 # %% ../../nbs/44_epsilon_vae.landscape.ipynb #0029
-def _norms(model: nn.Module) -> list[nn.Module]:
-    "The layers with running statistics."
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None]
-
-def _collect(norms: list[nn.Module], model: nn.Module, X: Tensor):
-    "Running statistics of these layers anew, as means over all inputs; the rest of the model stays in evaluation mode."
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-        m.train()
-    outputs(model, X)
-    for m in norms:
-        m.eval()
-
-# %% ../../nbs/44_epsilon_vae.landscape.ipynb #0030
 class Seat:
     "A model that is moved about a plane and measured."
 
     def __init__(self, plane: Landscape, evaluator: Evaluator, X: Tensor, y: Tensor, recalibrate: bool):
         self.plane, self.X, self.y, self.probes = plane, X, y, evaluator.probes
         self.model = evaluator.model(plane.like)
-        self.norms = _norms(self.model) if recalibrate else []
+        self.norms = with_statistics(self.model) if recalibrate else []
         self.row, self.at, own = torch.empty_like(plane.origin), None, self.model.state_dict()
         cut = lambda v, s: v[s.begin : s.end].view(s.shape)
         self.parts = [(own[s.name], cut(self.row, s), cut(plane.directions[0], s)) for s in plane.layout.slots]
@@ -222,11 +208,11 @@ class Seat:
         "Loss and accuracy at a point."
         self.move(a, b)
         if self.norms:
-            _collect(self.norms, self.model, self.probes)
+            collect(self.norms, self.model, self.probes)
         found = scores(outputs(self.model, self.X), self.y)
         return found["loss"], found["accuracy"]
 
-# %% ../../nbs/44_epsilon_vae.landscape.ipynb #0033
+# %% ../../nbs/44_epsilon_vae.landscape.ipynb #0032
 def _spread(work, blocks: list, workers: int) -> Iterator:
     "`work(block)` of each block, in order, in threads of one core each; no further ahead than two blocks a thread."
     threads, waiting = torch.get_num_threads(), deque()
@@ -242,7 +228,7 @@ def _spread(work, blocks: list, workers: int) -> Iterator:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
-# %% ../../nbs/44_epsilon_vae.landscape.ipynb #0036
+# %% ../../nbs/44_epsilon_vae.landscape.ipynb #0035
 BLOCK = 8  # points between two results
 
 def empty_slice(
@@ -262,12 +248,12 @@ def empty_slice(
     if limits.shape != (2, 2) or not np.isfinite(limits).all() or (limits[:, 0] >= limits[:, 1]).any():
         raise ValueError(f"limits={limits.tolist()} is not allowed: give ((low, high), (low, high)) of a and b, finite, low below high")
     name, (X, y) = next(iter(evaluator.tests.items()))
-    recalibrate = bool(_norms(evaluator.build())) if recalibrate is None else recalibrate
+    recalibrate = bool(with_statistics(evaluator.build())) if recalibrate is None else recalibrate
     rows = seeded(seed, "landscape samples").permutation(len(y))[:samples]
     words = f"{len(rows)} of {len(y)} samples of {name!r} (seed {seed})" + ", normalisation recalibrated at each point" * recalibrate
     return Slice(*(np.linspace(*r, n) for r in limits), np.sort(rows), recalibrate, words, plane.about)
 
-# %% ../../nbs/44_epsilon_vae.landscape.ipynb #0038
+# %% ../../nbs/44_epsilon_vae.landscape.ipynb #0037
 def scan(
     self: Landscape,
     evaluator: Evaluator,
@@ -299,7 +285,7 @@ def scan(
 
 Landscape.scan = scan
 
-# %% ../../nbs/44_epsilon_vae.landscape.ipynb #0039
+# %% ../../nbs/44_epsilon_vae.landscape.ipynb #0038
 def slice_(self: Landscape, evaluator: Evaluator, progress: bool = True, into: Slice | None = None, **more) -> Slice:
     "The whole grid, as `scan` measures it. Interrupted it gives what is done, which can be handed in again as `into`."
     from tqdm import tqdm

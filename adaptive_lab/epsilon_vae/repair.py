@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .alignment import AFFINE, NORMS, NotUnderstood, layers
+from .rounding import is_matrix, patches
 from .weights import State
 from ..evaluator import Evaluator
 
@@ -125,23 +126,17 @@ def repair(
     return state
 
 # %% ../../nbs/43_epsilon_vae.repair.ipynb #0020
-def design(m: nn.Module, h: Tensor) -> Tensor:  # (rows, fan in + 1) float64
-    "What a layer's units see, one row a sample and position, a one at the end. Raises `NotUnderstood`."
-    if isinstance(m, nn.Linear):
-        rows = h.reshape(-1, h.shape[-1])
-    elif isinstance(m, nn.Conv2d) and m.groups == 1 and m.padding_mode == "zeros" and not isinstance(m.padding, str):
-        rows = nn.functional.unfold(h, m.kernel_size, m.dilation, m.padding, m.stride).mT.flatten(0, 1)
-    else:
+def design(m: nn.Module, h: Tensor) -> Tensor:  # (rows, fan in), and a column of ones for a bias; float64
+    "What a layer's units see, one row a sample and position. Raises `NotUnderstood`."
+    if not is_matrix(m) or isinstance(m, nn.Conv1d):
         raise NotUnderstood(f"a {type(m).__name__} of this form cannot be solved here, only nn.Linear and nn.Conv2d with zeros around: use repair instead")
-    return torch.cat([rows.double(), rows.new_ones(len(rows), 1, dtype=torch.float64)], 1)
+    return patches(m, h)
 
 def _solve(m: nn.Module, name: str, state: State, h: Tensor, goal: Tensor, ridge: float) -> None:
     "The layer's weights by ridge regression towards a goal (n, units, ...), in new tensors."
     key, H = f"{name}.weight" if name else "weight", design(m, h)
     W = state[key].double().flatten(1)
-    own = torch.zeros(len(W), 1, dtype=torch.float64) if m.bias is None else state[key[:-6] + "bias"].double()[:, None]
-    W = torch.cat([W, own], 1).T  # (fan in + 1, units)
-    H, W = (H, W) if m.bias is not None else (H[:, :-1], W[:-1])
+    W = (W if m.bias is None else torch.cat([W, state[key[:-6] + "bias"].double()[:, None]], 1)).T  # (fan in, units), the bias last
     G = H.T @ H
     Z = goal.movedim(1, -1).reshape(len(H), -1).double()
     W = W + torch.linalg.solve(G + ridge * G.trace() / len(G) * torch.eye(len(G), dtype=G.dtype), H.T @ (Z - H @ W))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.streams import seeded
+from ..evaluator import hooked
 
 # %% ../../nbs/42_epsilon_vae.rounding.ipynb #0006
 def is_matrix(module: nn.Module) -> bool:
@@ -34,11 +35,8 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:  # (samples x positions, in
 def watch(model: nn.Module, X: Tensor, seen) -> Tensor:
     "Run the model; `seen(name, module, input, output)` hears of each layer. Gives the outputs."
     hooks = [m.register_forward_hook(lambda m, x, y, n=n: seen(n, m, x[0], y)) for n, m in model.named_modules() if is_matrix(m)]
-    try:
+    with hooked(hooks):
         return model(X)
-    finally:
-        for h in hooks:
-            h.remove()
 
 # %% ../../nbs/42_epsilon_vae.rounding.ipynb #0007
 def layer_names(model: nn.Module, X: Tensor) -> list[str]:
