@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaptive_lab.epsilon_vae import pareto
-from adaptive_lab.epsilon_vae.pareto import contributions, hypervolume, pareto_front
+from adaptive_lab.pareto import contributions, hypervolume, pareto_front
 
 WORDS = np.array(["minimize", "maximize"])
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from .figures import Figure, Report, in_turn
-from ..epsilon_vae.pareto import hypervolume, pareto_front
+from ..pareto import hypervolume, pareto_front
 
 # %% ../../nbs/95_bench.pareto.ipynb #0005
 def wrong_fronts(cases: int) -> int:

@@ -19,7 +19,7 @@ from .alignment import NotUnderstood
 from .behaviour import Behaviour, behaviour_of, moved
 from .frame import RunFrame, run_frame
 from .gate import Refused, Verified, check_finite, verify
-from .pareto import pareto_front
+from ..pareto import pareto_front
 from .paths import Pair, solved
 from .population import Population, metric_matrix, populations
 from .prediction import Described, PerformancePredictor, describe

@@ -21,7 +21,7 @@ from ..durable import write_durably
 from .atlas import Atlas, Charting, chart, direction_of
 from .gate import Verified
 from .landscape import run_plane
-from .pareto import hypervolume
+from ..pareto import hypervolume
 from .population import Population, populations
 from .prediction import PerformancePredictor, r2
 from ..foreign import import_folder

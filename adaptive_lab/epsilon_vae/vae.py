@@ -12,7 +12,7 @@ __all__ = ['BLOCKS', 'FAR', 'VAE', 'equal_blocks', 'WeightBlockEmbedder', 'two_l
 import torch
 from torch import Tensor, nn
 
-from .pareto import pareto_front
+from ..pareto import pareto_front
 from ..knobs import Knobs, knob, knobs_from
 
 # %% ../../nbs/43_epsilon_vae.vae.ipynb #0005
