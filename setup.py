@@ -34,6 +34,7 @@ setup(
             "digits = adaptive_lab.data.digits",
             "text = adaptive_lab.data.text",
             "models = adaptive_lab.models",
+            "adaptive_transformer = adaptive_lab.controller.edits",
             "optimizers = adaptive_lab.optimizers",
             "zoo = adaptive_lab.zoo",
             "plasticity = adaptive_lab.plasticity",

@@ -121,6 +121,8 @@ def _apply(self, changes: dict):
         if group == "optimizer":
             for g in self.optimizer.param_groups:
                 g[name] = value
+        if group == "model":  # a model part with a live knob has a `turn`
+            self.recipe.parts["model"].build.turn(self.model, name, value, self.optimizer)
 
 # %% ../nbs/16_run.ipynb #0017
 def _take_changes(self):
@@ -243,7 +245,7 @@ def resume(store: Store, name: str, step: int | None = None) -> Run:
         raise RecipeError(f"run {name!r} was trained on other data than {run.recipe.names['data']!r} gives now: put the old data back, or train anew")
     for c in run.tape.before(checkpoint.step):
         run._apply({c.knob: c.value})
-    run.model.load_state_dict(state["model"])
+    getattr(run.model, "restructure", run.model.load_state_dict)(state["model"])  # what was pruned since it was built
     run.optimizer.load_state_dict(state["optimizer"])
     run.position, run.losses, run.evaluations = state["position"], state["losses"].tolist(), state["evaluations"]
     return run
