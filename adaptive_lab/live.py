@@ -9,7 +9,7 @@ __all__ = ['SLICE', 'PASSES', 'THREAD_FROM', 'Live']
 import asyncio
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from .run import Run
 from .tape import Recipe, Session, Tape
@@ -95,6 +95,20 @@ def look(self, probe):
         index, value = self._probes[probe] = self.run.index, probe(self.run)
     self._probes.setdefault(probe, (-1, None))
     return value
+
+def between(self, act) -> Future:
+    "A future of `act(run)`, called while no step is under way: at once, or after a step that is made in the thread, and then in that thread."
+    def alone():
+        with self._busy:
+            return act(self.run)
+    if self._in_thread:
+        return self._pool.submit(alone)
+    done = Future()
+    try:
+        done.set_result(alone())
+    except Exception as e:
+        done.set_exception(e)
+    return done
 
 def session(self) -> Session:
     "The run so far as a record, taken between two steps."
@@ -184,6 +198,6 @@ async def rest(self):
         await asyncio.wrap_future(self._task) if hasattr(self._task, "running") else await self._task
 
 # %% ../nbs/17_live.ipynb #0018
-for f in (_work, _drive, look, session, _go, start, step, pause, stop, change, settings, reset, build, replace, wait, rest):
+for f in (_work, _drive, look, between, session, _go, start, step, pause, stop, change, settings, reset, build, replace, wait, rest):
     setattr(Live, f.__name__, f)
 Live.resume = start

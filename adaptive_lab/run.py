@@ -106,8 +106,12 @@ class Run:
 # %% ../nbs/16_run.ipynb #0016
 def change(self, changes: dict | None = None, **by_name):
     "Ask for knobs to change before the next step, all at once: `run.change({'optimizer.lr': .01})`. Raises `KnobError`, then nothing changes."
-    asked = dict(changes or {}, **by_name)
-    self._waiting.append({address: check_change(self.recipe, address, value) for address, value in asked.items()})
+    asked = {address: check_change(self.recipe, address, value) for address, value in dict(changes or {}, **by_name).items()}
+    for address, value in asked.items():
+        group, name = address.split(".")
+        if group == "model":
+            getattr(self.recipe.parts["model"].build, "check", lambda *_: None)(self.model, name, value)
+    self._waiting.append(asked)
 
 def waiting(self) -> dict:
     "Changes asked for but not yet in effect: address -> value."
@@ -129,8 +133,10 @@ def _take_changes(self):
     "What the tape says for this step, then what was asked for since; the latter is recorded."
     if self._replay and (taped := self._replay.pop(self.index, None)):
         self._apply(taped)
+    asked = {}
     while self._waiting:
-        asked = self._waiting.popleft()
+        asked |= self._waiting.popleft()
+    if asked:
         if self._replay:  # a person takes over from the tape: what was still to come on it is dropped
             self._replay, self.tape = {}, self.tape.before(self.index + 1)
         self._apply(asked)
