@@ -8,6 +8,9 @@ __all__ = ['Gates', 'Cache', 'AdaptiveTransformer', 'embed', 'read_out', 'forwar
            'load_state_dict', 'from_state', 'restructure']
 
 # %% ../../nbs/32_controller.model.ipynb #0003
+import copy
+import math
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -124,7 +127,7 @@ AdaptiveTransformer.gates = gates
 # %% ../../nbs/32_controller.model.ipynb #0014
 def _grid(self, layer, head) -> tuple[Tensor, tuple]:
     "The grid that a part's gate is in, and its place there. Raises `ValueError` for a part that the model does not have."
-    whole = lambda n, most: isinstance(n, int) and not isinstance(n, bool) and 0 <= n < most
+    whole = lambda n, most: isinstance(n, Integral) and not isinstance(n, bool) and 0 <= n < most
     if not whole(layer, self.num_layers):
         raise ValueError(f"layer={layer!r} is not allowed: a whole number from 0 to {self.num_layers - 1}")
     if head not in ("ffn", "layer") and not whole(head, self.num_heads):
@@ -141,7 +144,10 @@ def is_present(self, layer: int, head: int | str) -> bool:
 def set_gate(self, layer: int, head: int | str, value: float):
     "Set the gate of a head (its number), of the layer's `'ffn'`, or of the whole `'layer'`. Raises `ValueError`, then nothing changes."
     grid, at = self._grid(layer, head)
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
     if not 0 <= number <= 1:
         raise ValueError(f"value={value!r} is not allowed: a gate is a number in [0, 1]")
     if number and not self.is_present(layer, head):
@@ -219,6 +225,7 @@ def regrow(
         raise ValueError(f"{self.name_of(layer, head)} is there already: only what was removed can be regrown")
     if not fresh and (lost := [p for p in wanted if (layer, p) not in self.removed]):
         raise ValueError(f"{self.name_of(layer, lost[0])} was removed elsewhere, and its weights are not known here: regrow it with fresh=True")
+    gate, known = self.gate_layers[layer].item(), {(layer, p): self.removed.get((layer, p)) for p in wanted} if fresh else {}  # for `undo`
     for p in wanted:
         rows = self._fresh(layer, p, seed) if fresh else self.removed[layer, p]
         for name, place in self._places(layer, p).items():
@@ -227,7 +234,7 @@ def regrow(
         (self.present_ffn if p == "ffn" else self.present_heads[layer])[layer if p == "ffn" else p] = True
     if head == "layer":
         self._open_behind(layer, wanted)
-    self._remember("regrow", [(layer, p) for p in wanted], self.gate_layers[layer].item() if head == "layer" else None)
+    self._remember("regrow", [(layer, p) for p in wanted], gate, known)
 
 # %% ../../nbs/32_controller.model.ipynb #0027
 def _open_behind(self, layer: int, parts: list):
@@ -270,9 +277,8 @@ def undo(self, optimizer: torch.optim.Optimizer | None = None) -> str:
         for layer, head in what[0]:
             self._take(layer, head, optimizer)
             grid, at = self._grid(layer, head)
-            grid[at] = 0
-        if what[1] is not None:
-            self.gate_layers[what[0][0][0]] = what[1]
+            grid[at], self.gate_layers[layer] = 0, what[1]
+        self.removed = {where: rows for where, rows in (self.removed | what[2]).items() if rows is not None}
     self._past = past
     return kind
 
@@ -318,17 +324,37 @@ def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False)
 AdaptiveTransformer.load_state_dict = load_state_dict
 
 # %% ../../nbs/32_controller.model.ipynb #0035
+def _sizes_in(state: dict[str, Tensor]) -> dict[str, int]:
+    "The sizes of the model whose state this is. Raises `ValueError`."
+    try:
+        heads, hidden = state["sizes"].tolist()
+        return dict(num_layers=len(state["present_ffn"]), num_heads=heads, dim=state["bytes.weight"].shape[1], context=len(state["places.weight"]), hidden=hidden)
+    except (KeyError, AttributeError, TypeError, ValueError, IndexError) as e:
+        raise _no_state(e) from None
+
+def _no_state(e: Exception) -> ValueError:
+    said = " ".join(f"{type(e).__name__} {e}".split())
+    return ValueError(f"this is no state of an AdaptiveTransformer ({said}): give what its state_dict() returned")
+
+# %% ../../nbs/32_controller.model.ipynb #0036
 def from_state(cls, state: dict[str, Tensor]) -> "AdaptiveTransformer":
     "A model with this state, pruned as it is. Raises `ValueError` when it is no state of an adaptive transformer."
-    try:
-        layers, (heads, hidden) = len(state["present_ffn"]), state["sizes"].tolist()
-        m = cls(layers, heads, state["bytes.weight"].shape[1], len(state["places.weight"]), hidden)
-    except (KeyError, AttributeError, TypeError) as e:
-        raise ValueError(f"this is no state of an AdaptiveTransformer ({type(e).__name__} {e}): give what its state_dict() returned") from None
-    return m.restructure(state)
+    return cls(**_sizes_in(state)).restructure(state)
 
 def restructure(self, state: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> "AdaptiveTransformer":
-    "Remove and regrow parts until this model has the structure of the state, then load it; for an optimizer likewise."
+    "Remove and regrow parts until this model has the structure of the state, then load it; for an optimizer likewise. Raises `ValueError`, then nothing changes."
+    other = {k: n for k, n in _sizes_in(state).items() if n != getattr(self, k)}
+    if other:
+        theirs, own = (", ".join(f"{k}={n}" for k, n in d.items()) for d in (other, {k: getattr(self, k) for k in other}))
+        raise ValueError(f"the state is of a model with {theirs}, and this one has {own}: AdaptiveTransformer.from_state(state) builds one that fits")
+    for m, o in ((copy.deepcopy(self), None), (self, optimizer)):  # what fails on a copy has changed nothing here
+        try:
+            m._follow(state, o)
+        except (KeyError, IndexError, RuntimeError) as e:
+            raise _no_state(e) from None
+    return self
+
+def _follow(self, state, optimizer):
     for layer in range(self.num_layers):
         for p in (*range(self.num_heads), "ffn"):
             wanted = bool(state["present_ffn"][layer] if p == "ffn" else state["present_heads"][layer, p])
@@ -337,6 +363,5 @@ def restructure(self, state: dict[str, Tensor], optimizer: torch.optim.Optimizer
             elif not wanted and self.is_present(layer, p):
                 self._take(layer, p, optimizer)
     self.load_state_dict(state)
-    return self
 
-AdaptiveTransformer.from_state, AdaptiveTransformer.restructure = classmethod(from_state), restructure
+AdaptiveTransformer.from_state, AdaptiveTransformer.restructure, AdaptiveTransformer._follow = classmethod(from_state), restructure, _follow

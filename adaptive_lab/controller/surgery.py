@@ -28,18 +28,19 @@ def cut(place: Place, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
     "Take the rows out of the parameter and of all that the optimizer keeps of it; returns them. A gradient is dropped."
     out = rows_of(place)
     without = lambda t: torch.cat([t.narrow(place.axis, 0, place.rows.start), _from(t, place.axis, place.rows.stop)], place.axis)
-    _change(place.parameter, without, without, optimizer)
+    _change(place, without, without, optimizer)
     return out
 
 def _from(t: Tensor, axis: int, start: int) -> Tensor:
     return t.narrow(axis, start, t.shape[axis] - start)
 
-def _change(p: nn.Parameter, data, kept, optimizer):
-    "Replace the data of a parameter by `data(...)` of it, and what the optimizer keeps in its shape by `kept(...)`."
-    shape, state = p.shape, (optimizer.state.get(p, {}) if optimizer is not None else {})
+def _change(place, data, kept, optimizer):
+    "Replace the data of a parameter by `data(...)` of it, and what the optimizer keeps along the same axis by `kept(...)`."
+    p, state = place.parameter, (optimizer.state.get(place.parameter, {}) if optimizer is not None else {})
+    dims, rows = p.ndim, p.shape[place.axis]
     p.data, p.grad = data(p.data), None
-    for name, value in state.items():
-        if torch.is_tensor(value) and value.ndim and value.shape == shape:
+    for name, value in state.items():  # averages of the same shape, or, as in Adafactor, of size 1 along the other axes
+        if torch.is_tensor(value) and value.ndim == dims and value.shape[place.axis] == rows:
             state[name] = kept(value)
 
 # %% ../../nbs/31_controller.surgery.ipynb #0011
@@ -49,5 +50,6 @@ def graft(place: Place, rows: Tensor, optimizer: torch.optim.Optimizer | None = 
     want = [len(place.rows) if i == axis else n for i, n in enumerate(p.shape)]
     if list(rows.shape) != want:
         raise ValueError(f"rows of shape {tuple(rows.shape)} do not fit: {tuple(want)} is needed to put {len(place.rows)} along axis {axis} of {tuple(p.shape)}")
-    put = lambda new: lambda t: torch.cat([t.narrow(axis, 0, start), new.to(t), _from(t, axis, start)], axis)
-    _change(p, put(rows), put(torch.zeros_like(rows)), optimizer)
+    put = lambda t, new: torch.cat([t.narrow(axis, 0, start), new, _from(t, axis, start)], axis)
+    none = lambda t: t.new_zeros([len(place.rows) if i == axis else n for i, n in enumerate(t.shape)])
+    _change(place, lambda t: put(t, rows.to(t)), lambda t: put(t, none(t)), optimizer)
