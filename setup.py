@@ -35,6 +35,8 @@ setup(
             "text = adaptive_lab.data.text",
             "models = adaptive_lab.models",
             "adaptive_transformer = adaptive_lab.controller.edits",
+            "controlled_adam = adaptive_lab.controller.controlled_adam",
+            "dialects = adaptive_lab.data.dialects",
             "optimizers = adaptive_lab.optimizers",
             "zoo = adaptive_lab.zoo",
             "plasticity = adaptive_lab.plasticity",
