@@ -93,6 +93,17 @@ def test_a_random_walk_is_undone_bit_for_bit(seed):
     assert m.undo() == "" and equal(record(m), record(model(seed)))
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_regrowth_of_a_whole_layer_is_undone(fresh):
+    m = model()
+    for part in (0, 1, 2, "ffn"):
+        m.set_gate(1, part, 0)
+    m.set_gate(1, "layer", 0.5), m.prune()
+    before = record(m)
+    m.regrow(1, "layer", fresh=fresh)
+    assert m.gate_layers[1] == 0 and m.undo() == "regrow" and equal(record(m), before) and m.gate_layers[1] == 0.5
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_random_walk_computes_what_masks_compute(seed):
     m, rng, whole = model(seed), random.Random(100 + seed), model(seed)
