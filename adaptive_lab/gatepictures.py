@@ -116,7 +116,8 @@ def timeline(
     out = [f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="none" stroke="currentColor" stroke-opacity=".35"/>']
     for v in (-reach, 0, reach):
         y = frame.to_pixels((0, v))[1]
-        out.append(f'<path d="M{left} {y:.1f}H{right}" stroke="currentColor" stroke-opacity="{.12 if v else .5}"/><text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{v:g}</text>')
+        number = f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{v:g}</text>' if any(m.reward is not None for m in shown) else ""
+        out.append(f'<path d="M{left} {y:.1f}H{right}" stroke="currentColor" stroke-opacity="{.12 if v else .5}"/>{number}')
     for v in ticks(first, last):
         out.append(f'<text x="{frame.to_pixels((v, 0))[0]:.1f}" y="{bottom + 13}" text-anchor="middle">{v:g}</text>')
     out.append(f'<text x="{right}" y="{bottom + 25}" text-anchor="end" fill-opacity=".7">step</text>')
@@ -138,7 +139,10 @@ def front_picture(
     "Points, the stairs of the front, and the present place."
     p, f, now = (np.asarray(a, float).reshape(-1, 2) for a in (points, front, () if here is None else here))
     every = np.concatenate([p, f, now])
-    frame = Frame((46, 24, width - 12, height - 30), (-0.4, (heads or max([1.0, *every[:, 0]])) + 0.4), limits(every[:, 1], 0.1))
+    known = p[np.isfinite(p[:, 1]), 1]
+    high = max([*np.append(f, now, 0)[:, 1], *(np.quantile(known, [0.75]) if len(known) else ())], default=1.0)  # what was bad early would press the rest together
+    ylim = limits([v for v in every[:, 1] if v <= high], 0.1)
+    frame = Frame((46, 24, width - 12, height - 30), (-0.4, (heads or max([1.0, *every[:, 0]])) + 0.4), ylim)
     left, top, right, bottom = frame.box
     out = [f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="none" stroke="currentColor" stroke-opacity=".35"/>']
     for v in ticks(*frame.ylim):
@@ -147,7 +151,7 @@ def front_picture(
     for v in (v for v in ticks(*frame.xlim) if v == int(v)):
         out.append(f'<text x="{frame.to_pixels((v, 0))[0]:.1f}" y="{bottom + 13}" text-anchor="middle">{v:g}</text>')
     out.append(f'<text x="{right}" y="{bottom + 25}" text-anchor="end" fill-opacity=".7">heads open (loss upwards)</text>')
-    body = "".join(out) + _places(frame.to_pixels(p), frame.to_pixels(f[np.argsort(f[:, 0])]), frame.to_pixels(now), frame.box)
+    body = "".join(out) + _places(frame.to_pixels(p[p[:, 1] <= ylim[1]]), frame.to_pixels(f[np.argsort(f[:, 0])]), frame.to_pixels(now), frame.box)
     words = f"{len(p)} seen, {len(f)} on the front" + (f"; now {now[0, 0]:g} heads and loss {now[0, 1]:.3f}" if len(now) else "")
     return picture(body, width, height, title, words)
 

@@ -189,11 +189,15 @@ def stop(self):
     self._do(self.live.stop)
     self._keep()
 
+def _fixed(self) -> dict:
+    "What a reset changes: the knobs that are not live, as their controls stand."
+    return {a: c.value for a, c in self.controls.items() if not self.declared[a].live and not same(self.run.recipe[a], c.value)}
+
 # %% ../../nbs/90_panels.training.ipynb #0019
 def reset(self):
     "Start anew, with every control as it stands. Building is done beside the event loop, since loading data may take a while."
     self.pause()
-    fixed = {a: c.value for a, c in self.controls.items() if not self.declared[a].live and not same(self.run.recipe[a], c.value)}
+    fixed = self._fixed()
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
@@ -303,17 +307,21 @@ def _keep(self):
     "Renew the picture that stays in the notebook's file."
     self._drawn_still = time.perf_counter()
     caption = f"{self.live.state} at step {self.run.index} of {self.run.recipe['run.steps']}. Run this cell to make it live."
-    self._still.renew(still([p.svg for p in (self.accuracy, self.loss, *[p for p, _ in self.extra])], caption))
+    self._still.renew(still(self._pictures(), caption))
+
+def _pictures(self) -> list[str]:
+    "What stays in the file."
+    return [p.svg for p in (self.accuracy, self.loss, *[p for p, _ in self.extra])]
 
 # %% ../../nbs/90_panels.training.ipynb #0025
 def _ipython_display_(self):
-    self._still.show(still([self.accuracy.svg, self.loss.svg], "Run this cell to make it live."))
+    self._still.show(still(self._pictures(), "Run this cell to make it live."))
     from IPython.display import display
 
     display(self.root)
     self._draw_soon()  # the page lays the controls out while the kernel builds the optimizer for the other pictures
 
 # %% ../../nbs/90_panels.training.ipynb #0026
-for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _do, start, pause, step, stop, reset, _rebuild, _enable, save, show_code,
-          _say, draw, _draw_soon, _draw_now, _follow, _keep, _ipython_display_):
+for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _do, start, pause, step, stop, _fixed, reset, _rebuild, _enable, save, show_code,
+          _say, draw, _draw_soon, _draw_now, _follow, _keep, _pictures, _ipython_display_):
     setattr(TrainingPanel, f.__name__, f)

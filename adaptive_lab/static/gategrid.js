@@ -99,8 +99,8 @@ function render({ model, el }) {
     cell.style.setProperty("--v", v ?? 0);
     const shown = v !== null && v > 0 && v < 1 ? v.toFixed(2).slice(1) : "";
     if (text.textContent !== shown) text.textContent = shown;
-    bars.style.width = v === null || bar === null || bar === undefined ? "0" : `${Math.max(2, 100 * bar)}%`;
-    bars.style.display = bars.style.width === "0px" || bars.style.width === "0" ? "none" : "";
+    bars.style.width = `${100 * (bar ?? 0)}%`;
+    bars.style.display = v === null || !(bar > 0.04) ? "none" : "";
     if (cell.getAttribute("aria-label") !== words) { cell.setAttribute("aria-label", words); cell.title = words; }
   }
   function choose() {
@@ -113,7 +113,7 @@ function render({ model, el }) {
     tell();
   }
   function tell(at = model.get("chosen")) {
-    told.textContent = cells[at[0]]?.[at[1]] ? describe(...at) : model.get("locked") ? "" : "click or drag a gate";
+    told.textContent = cells[at[0]]?.[at[1]] ? describe(...at) : model.get("locked") ? "" : `click or drag a gate${model.get("scale") ? `; bars: ${model.get("scale")}` : ""}`;
   }
   function draw() {
     if (cells.length !== model.get("gates").length || (cells[0] ?? []).length !== many()) build();
