@@ -79,6 +79,14 @@ PRACTICE = _members("""
 8 2 32 code encodings 700 109
 4 4 32 backwards all 1500 110
 4 4 48 names screen 500 111
+4 4 48 code testing 900 112
+4 4 32 prose processes 1200 113
+4 4 48 comments language 800 114
+2 8 32 names network 900 115
+4 4 32 code screen 600 116
+8 2 32 prose all 800 117
+4 4 48 rot13 markup 1000 118
+2 8 32 backwards processes 800 119
 """)
 
 # %% ../nbs/74_fronts.ipynb #0010
