@@ -19,7 +19,9 @@ from .searches import OURS, Results, against_evaluations, at_budgets, comparison
 from ..controller.environment import PruneEnv
 from ..controller.feedback import calculate_reward
 from ..controller.masks import all_losses, mask_of
+from ..controller.meta import Meta, lesson, meta_train
 from ..controller.model import AdaptiveTransformer
+from ..controller.surrogate import Surrogate, look, search
 from ..data.dialects import dialect_bytes
 from ..data.streams import Windows
 from ..fronts import PRACTICE, SUITE, Known, Member, grow
@@ -28,23 +30,19 @@ from ..statistics import holm, paired, verdict
 from ..training import train
 
 # %% ../../nbs/97_bench.controller.ipynb #0006
-def planners(practice: list[Known]) -> dict[str, Strategy]:
-    "The planner, trained on these models, and one without practice; nothing where it is not built."
-    if not find_spec("adaptive_lab.controller.meta"):
-        return {}
-    from adaptive_lab.controller.meta import Planner, Task, meta_train
-    from adaptive_lab.controller.surrogate import look
+def planners(practice: list[Known], knobs: Meta | None = None) -> dict[str, Strategy]:
+    "The planner, trained on these models, and one without practice."
 
-    def strategy(planner: Planner) -> Strategy:
-        def search(losses, model, X, y, evaluations, seed=0):
+    def strategy(surrogate: Surrogate) -> Strategy:
+        def plan(losses, model, X, y, evaluations, seed=0):
             seen = look(model, X, y)
-            planner.search(losses, seen, evaluations)
+            search(surrogate, seen, losses, int(evaluations), seed=seed)
             return seen.passes
 
-        return Strategy(search)
+        return Strategy(plan)
 
-    tasks = [Task(look(k.model, *windows(k.member)), k.table) for k in practice]
-    return {OURS: strategy(meta_train(tasks, 0)), f"{OURS} without practice": strategy(Planner())}
+    lessons = [lesson(look(k.model, *windows(k.member)), k.losses()) for k in practice]
+    return {OURS: strategy(meta_train(lessons, knobs)), f"{OURS} without practice": strategy(Surrogate())}
 
 # %% ../../nbs/97_bench.controller.ipynb #0009
 def changed(k: Known, form: str, source: str) -> Known:
@@ -170,11 +168,11 @@ def bench(quick: bool = False) -> Report:
     "All tables and figures; `quick` takes small models grown on the spot, and few seeds."
     models, practice, changing = known_models(quick)
     rivals, scratch = available(quick)
-    mine, seeds = planners(practice), 2 if quick else 10
+    mine, seeds = planners(practice, Meta(steps=30) if quick else None), 2 if quick else 10
     budgets, long = ((9, 17, 33), (74,)) if quick else (BUDGETS, LONG)
     done = {e: side_by_side(models, mine | rivals, e, seeds) for e in budgets}
     learnt = {e: side_by_side(models, scratch, e, seeds) for e in long}
-    best = shares(done[budgets[1]][OURS]) if mine else None
+    best = shares(done[budgets[1]][OURS])
     tables = {f"Share of the exact hypervolume at {e} evaluations": comparison(results) for e, results in done.items()}
     tables |= {f"All counted: a pass is {PASS} evaluations, {e} in all": comparison(side_by_side(models, mine | rivals, e, seeds, True)) for e in budgets}
     tables |= {f"Learned from scratch, {e} evaluations; the planner has {budgets[1]}": comparison(results, best) for e, results in learnt.items()}

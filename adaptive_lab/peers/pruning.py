@@ -165,7 +165,7 @@ def learned_gates(losses, model, X, y, evaluations: int, seed: int = 0, steps: i
     return passes
 
 # %% ../../nbs/76_peers.pruning.ipynb #0028
-FACTOR, ENVS = 1.0, 8
+FACTOR, ENVS = 3.0, 8
 LEAST = 2 + ENVS  # evaluations: two ends, and a step of each environment
 
 class Apart(Losses):
