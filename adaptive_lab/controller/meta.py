@@ -66,8 +66,8 @@ class Meta(Knobs):
     steps: int = knob(200, "steps of Adam over all lessons", ge=1, le=100_000, live=False)
     lr: float = knob(0.05, "its learning rate, which falls to nothing", gt=0, le=1, log=True, live=False)
     masks: int = knob(40, "masks of each lesson in a step", ge=2, le=4096, live=False)
-    straight_decay: float = knob(0.2, "penalty on the squared weights that read slopes directly", ge=0, le=100, live=False)
-    bent_decay: float = knob(1.0, "penalty on the squared weights of the small network", ge=0, le=1000, live=False)
+    straight_decay: float = knob(0.03, "penalty on the squared weights that read slopes directly", ge=0, le=100, live=False)
+    bent_decay: float = knob(0.2, "penalty on the squared weights of the small network", ge=0, le=1000, live=False)
 
 def evidence(s: Surrogate, seen: Look, removed: Tensor, rise: Tensor) -> Tensor:
     "log p(rise) under the surrogate, without its constant, for each mask."

@@ -74,8 +74,8 @@ def mean(self, seen: Look, removed: Tensor) -> Tensor:  # (m, n) -> (m,)
 def kernel(self, seen: Look, a: Tensor, b: Tensor | None = None) -> Tensor:  # (m, n), (p, n) -> (m, p); without b the diagonal (m,)
     "Prior covariance of the losses of masks, given by what they remove."
     p = {name: v.exp() if name.startswith("v_") else v for name, v in self.numbers.items()}
-    log_w, few = torch.log(self(seen) * len(seen.layer) + 0.05), (16 / len(seen.layer)) ** 2
-    one, two = (few * torch.exp(p[name] + p[f"{name}_power"] * log_w) for name in ("single", "pair"))
+    log_w, few = torch.log(self(seen) * len(seen.layer) + 0.05), 16 / len(seen.layer)  # of many heads each matters less
+    one, two = (few**k * torch.exp(p[name] + p[f"{name}_power"] * log_w) for name, k in (("single", 2), ("pair", 1)))
     dot = (lambda v, i: (a[:, i] * v[i]) @ b[:, i].T) if b is not None else (lambda v, i: a[:, i] @ v[i])
     layers = [seen.layer == i for i in range(int(seen.layer[-1]) + 1)]
     sums, squares = [dot(two, i) for i in layers], [dot(two**2, i) for i in layers]
