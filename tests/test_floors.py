@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOOR = {m[2]: int(m[1]) for p in (ROOT / "nbs").glob("[0-9]*.ipynb") if (m := re.fullmatch(r"(\d+)_(.+)\.ipynb", p.name))}
 MECHANISMS, FACES = range(20, 70), 80  # floors
-PLAIN = {"knobs": ("torch",), "draw": ("torch", "widgets"), "heat": ("torch", "widgets"), "maps": ("torch", "widgets"), "spheres": ("torch", "widgets")}  # what these never import
+PLAIN = {"knobs": ("torch",), "draw": ("torch", "widgets"), "heat": ("torch", "widgets"), "maps": ("torch", "widgets"), "spheres": ("torch", "widgets"), "gatepictures": ("torch", "widgets")}  # what these never import
 PLASTIC = {("gated_lists", "gates"), *(("gated_adam", m) for m in ("gated_kernel", "gated_lists"))}
 PLASTIC |= {("consolidation", m) for m in ("gates", "gated_lists", "gated_adam", "coincidence", "novelty")}
 PLASTIC |= {("plasticity", m) for m in ("gates", "gated_lists", "gated_adam", "consolidation")}
@@ -18,7 +18,7 @@ VALUED = {("value_pictures", "value_history"), ("value_stream", "error_signals")
 VALUED |= {("value_kinds", m) for m in ("error_signals", "value_stream", "forward_values")}
 VALUED |= {("valued_adam", m) for m in ("error_signals", "forward_values", "value_history", "value_kinds", "value_weights", "vwpr")}
 VALUED |= {("vwpr", m) for m in ("error_signals", "forward_values", "step_checks", "value_history", "value_kinds", "value_pictures", "value_stream")}
-STANDS_ON = PLASTIC | VALUED | {("controller", "transformer"), ("bytropix", "transformer"), ("bytropix", "wubu")}
+STANDS_ON = PLASTIC | VALUED | {(m, shared) for m in ("controller", "bytropix") for shared in ("transformer", "sampling")} | {("bytropix", "wubu")}
 WIDGETS = ("ipywidgets", "anywidget", "IPython", "traitlets", "jupyterlab", "ipykernel")
 HEAVY = ("nbdev", "fastcore", "IPython", "ipywidgets", "jupyter_core", "jupyter_client", "matplotlib", "sklearn", "scipy", "accelerate", "distributed", "dask")
 
