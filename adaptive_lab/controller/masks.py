@@ -115,7 +115,7 @@ class Losses:
         self.seen: list[tuple[np.ndarray, float]] = []  # every mask asked for, and its loss
 
     def __call__(self, masks) -> np.ndarray:  # (n,)
-        m = check_masks(masks, self.layers, self.heads).numpy()
+        m = check_masks(masks, self.layers, self.heads).numpy().copy()  # the caller may go on changing its own
         found = self._answer(m)
         self.asked += len(m)
         self.seen += zip(m, found.tolist())
