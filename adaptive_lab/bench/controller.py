@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .figures import Figure, Report, in_turn
-from .searches import OURS, Results, against_evaluations, at_budgets, comparison, look_for, measured, patterns, shares, side_by_side, small_members, windows
+from .searches import OURS, PASS, Results, against_evaluations, at_budgets, comparison, look_for, measured, patterns, shares, side_by_side, small_members, windows
 from ..controller.environment import PruneEnv
 from ..controller.feedback import calculate_reward
 from ..controller.masks import all_losses, mask_of
