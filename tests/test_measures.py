@@ -200,6 +200,13 @@ def test_a_closed_gate_has_a_gradient():
     assert got["gradient_norm"].heads[1, 0] == got["gradient_norm"].ffn[1] == 0 and closing_costs(m, X, y).heads[1, 0] == 0
 
 
+def test_in_windows_of_one_byte_no_places_can_cancel():
+    m, (X, y) = made(), windows(length=1)
+    m.set_gate(1, "layer", 0.5), m.set_gate(0, "ffn", 0.3), m.set_gate(2, 1, 0.7)
+    got = signals(m, X, y)
+    assert same(got["importance"][:2], got["activation_gradient"][:2]) and (got["importance"].ffn > 0).all()
+
+
 def test_entropy_is_one_for_even_attention_and_zero_for_one_place():
     m, (X, _) = made(), windows()
     with torch.no_grad():
