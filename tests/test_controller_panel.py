@@ -62,6 +62,7 @@ def run(panel, n=5):
     "Some steps."
     panel.step(n)
     panel.live.wait()
+    panel.draw()
 
 
 # --- gates as data -----------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def test_each_kind_of_work_waits_until_its_share_allows_more(monkeypatch):
     live = Live(recipe())
     watch, clock, used = Watch(live), [0.0], dict.fromkeys(SHARES, 0.0)
     cost = dict(loss=0.02, costs=0.02, text=0.004)
-    monkeypatch.setattr(gatewatch.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(gatewatch.time, "process_time", lambda: clock[0])
     watch._windows = 4
 
     def act(what):
