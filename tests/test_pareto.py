@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_lab.epsilon_vae import pareto
+from adaptive_lab import pareto
 from adaptive_lab.pareto import contributions, hypervolume, pareto_front
 
 WORDS = np.array(["minimize", "maximize"])
