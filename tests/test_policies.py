@@ -277,6 +277,16 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(kind, bad, word):
     assert learner.steps >= 100 and weights(learner).isfinite().all()
 
 
+def test_after_a_refusal_all_episodes_begin_anew():
+    envs = [Made(50) for _ in range(4)]
+    learner = A2C(list(envs), **SMALL)
+    envs[2].bad = dict(reward=math.nan, step=3)
+    with pytest.raises(ValueError, match="the reward at step 3"):
+        run(learner, 40)
+    collected(learner, 2)
+    assert [len(s.actions) for s in learner.seats] == [2] * 4
+
+
 def test_large_but_finite_observations_pass():
     assert Seat(Made(), 0, Choices(spaces.Discrete(3)))._see(np.full(2, 3e38, np.float32), {}) is None
 
@@ -351,6 +361,23 @@ def test_old_probabilities_are_those_of_acting():
     b = collected(learner)
     p = torch.distributions.Categorical(logits=learner.net(b.obs)[0].view(-1, 4, 2)).log_prob(b.actions).sum(-1)
     assert torch.allclose(b.log_p, p, atol=1e-5) and torch.allclose(learner._log_p(b), p, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, [1, 0, 1]])
+def test_the_ratio_is_to_the_policy_that_acted(monkeypatch, mask):
+    "It begins at 1, with the mask of acting, and the policy that acted stays the same while the other one moves."
+    seen = []
+    monkeypatch.setattr(policies, "ppo_loss", lambda *a: seen.append((a[0].detach(), a[1])) or ppo_loss(*a))
+    learner = PPO(lambda: Made(3, mask=mask), epochs=4, minibatch=1000, rollout=8, lr=0.05, **SMALL)
+    run(learner, 32)
+    (first, old), (last, still) = seen[0], seen[-1]
+    assert len(seen) == 4 and torch.allclose(first, old, atol=1e-6) and not torch.allclose(last, still, atol=1e-2)
+    assert torch.allclose(old.sort()[0], still.sort()[0], atol=1e-6)
+
+
+def test_environments_and_learners_draw_differently():
+    obs = [s.obs.tobytes() for seed in range(3) for s in PPO(Made, seed=seed, **SMALL).seats]
+    assert len(set(obs)) == 12
 
 
 def test_weights_begin_orthogonal():
@@ -459,7 +486,8 @@ def test_steps_are_those_of_the_environments():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_gives_the_same_bits_and_leaves_global_generators_alone(kind):
-    a, states = kind(Corridor, seed=3, **SMALL), (torch.get_rng_state(), np.random.get_state()[1].copy())
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    a = kind(Corridor, seed=3, **SMALL)
     history = run(a, 600)
     assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
     torch.manual_seed(99), np.random.seed(99)

@@ -198,7 +198,7 @@ def _batch(self, columns: list[Tensor], cut: list) -> Batch:
     for (t, i, _), v in zip(cut, after[len(self.seats) :]):
         final[t, i] = v
     values, k = values[:n].view_as(rewards), self.knobs
-    advantages, returns = gae(rewards, values, after[: len(self.seats)], terminated | ~here, k.gamma, k.lam, truncated, final)
+    advantages, returns = gae(rewards, values, after[: len(self.seats)], terminated, k.gamma, k.lam, truncated, final)
     mask = self.choices.arrange(mask[0].flatten(0, 1), False) if mask else None
     log_p = log_prob(masked(self.choices.arrange(logits[:n]), mask), actions.flatten(0, 1)).sum(-1)
     b = Batch(obs.flatten(0, 1), actions.flatten(0, 1), mask, log_p, values.flatten(), advantages.flatten(), returns.flatten())
