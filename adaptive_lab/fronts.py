@@ -87,6 +87,18 @@ PRACTICE = _members("""
 8 2 32 prose all 800 117
 4 4 48 rot13 markup 1000 118
 2 8 32 backwards processes 800 119
+4 4 48 upper files 1000 120
+2 8 48 code markup 700 121
+4 4 32 dense language 1200 122
+8 2 48 code testing 600 123
+4 4 64 code numbers 800 124
+4 4 48 prose files 600 125
+2 8 32 comments all 1000 126
+8 2 32 upper network 1000 127
+4 4 32 spread processes 700 128
+4 4 48 code encodings 1400 129
+2 8 48 rot13 screen 900 130
+4 4 48 backwards network 900 131
 """)
 
 # %% ../nbs/74_fronts.ipynb #0010
