@@ -87,6 +87,10 @@ PRACTICE = _members("""
 8 2 32 prose all 800 117
 4 4 48 rot13 markup 1000 118
 2 8 32 backwards processes 800 119
+""")
+
+# %% ../nbs/74_fronts.ipynb #0009
+PRACTICE += _members("""
 4 4 48 upper files 1000 120
 2 8 48 code markup 700 121
 4 4 32 dense language 1200 122
@@ -101,7 +105,7 @@ PRACTICE = _members("""
 4 4 48 backwards network 900 131
 """)
 
-# %% ../nbs/74_fronts.ipynb #0010
+# %% ../nbs/74_fronts.ipynb #0012
 def held_out(member: Member) -> tuple[Tensor, Tensor]:  # (windows, context) each
     "The bytes that its masks are measured on, and the next ones."
     return Windows(dialect_bytes(member.form, member.source, member.limit)[1], member.context, member.windows, seed=1)[0]
@@ -117,7 +121,7 @@ def trained(member: Member) -> AdaptiveTransformer:
         pass
     return m.eval()
 
-# %% ../nbs/74_fronts.ipynb #0013
+# %% ../nbs/74_fronts.ipynb #0015
 FOLDER = Path("runs/fronts")
 
 @dataclass
@@ -143,7 +147,7 @@ class Known:
         "What a search asks; it counts."
         return TableLosses(self.table, self.member.layers, self.member.heads)
 
-# %% ../nbs/74_fronts.ipynb #0014
+# %% ../nbs/74_fronts.ipynb #0016
 def known(member: Member, folder=FOLDER, tell=lambda n: None) -> Known:
     "A member, read from the folder or grown and kept there. `tell` gets the number of masks just measured."
     path = Path(folder) / f"{member.name}.npz"
@@ -169,7 +173,7 @@ def _read(path: Path, member: Member) -> Known:
         state = {n.removeprefix("model."): torch.from_numpy(f[n]) for n in f.files if n.startswith("model.")}
         return Known(member, AdaptiveTransformer.from_state(state).eval(), f["table"])
 
-# %% ../nbs/74_fronts.ipynb #0017
+# %% ../nbs/74_fronts.ipynb #0019
 def grow(members: list[Member], folder=FOLDER, progress: bool = True) -> list[Known]:
     "All members, those that are missing grown, with a bar over the masks."
     from tqdm.auto import tqdm

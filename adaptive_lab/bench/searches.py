@@ -60,7 +60,7 @@ def look_for(k: Known, strategy: Strategy, evaluations: int, seed: int = 0, all_
 # %% ../../nbs/96_bench.searches.ipynb #0009
 def over_models(models: list[Known], strategy: Strategy, evaluations: int, seeds: int, all_counted: bool = False) -> list[list[Found]] | None:  # models × seeds
     "Search on all models; a strategy without chance once."
-    found = [[look_for(k, strategy, evaluations, s, all_counted) for s in range(seeds if strategy.random else 1)] for k in models]
+    found = [[look_for(k, strategy, evaluations, s, all_counted) for s in range(min(seeds, strategy.seeds) if strategy.random else 1)] for k in models]
     return None if any(f is None for row in found for f in row) else found
 
 def shares(found: list[list[Found]]) -> np.ndarray:  # (models,)

@@ -181,7 +181,7 @@ def search(
         if everything is None:
             for _ in range(3):
                 pool = promising(posterior, bred(pool, g), BEST)
-        elif (evaluations - left) % 8 == 1:  # all are looked at now and then, the promising ones always
+        elif (evaluations - left).bit_count() == 1:  # all are looked at after 1, 2, 4, 8, ... losses, the promising ones always
             pool = promising(posterior, everything, 200)
         asked = chosen(posterior, pool, min(batch, left))
         found = losses(asked.logical_not().view(-1, *shape).numpy())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRICES', 'FACTOR', 'ENVS', 'LEAST', 'STRATEGIES', 'Budget', 'nested', 'by_score', 'random_order', 'random_masks',
            'magnitude', 'first_order', 'slope', 'iterative', 'leave_one_out', 'greedy', 'swaps', 'learned_gates',
-           'Apart', 'environments', 'enough', 'policy', 'baselines3', 'Strategy']
+           'environments', 'enough', 'policy', 'baselines3', 'Strategy']
 
 # %% ../../nbs/76_peers.pruning.ipynb #0003
 import copy
@@ -168,22 +168,12 @@ def learned_gates(losses, model, X, y, evaluations: int, seed: int = 0, steps: i
 FACTOR, ENVS = 3.0, 8
 LEAST = 2 + ENVS  # evaluations: two ends, and a step of each environment
 
-class Apart(Losses):
-    "Asks another `Losses` with copies: an environment changes its mask in place, and what was seen must stay."
-
-    def __init__(self, losses: Losses):
-        super().__init__(losses.layers, losses.heads)
-        self.losses = losses
-
-    def _answer(self, masks):
-        return self.losses(masks.copy())
-
 def environments(losses: Losses) -> list[PruneEnv]:
     "Environments of eight budgets, which measure the whole model and the empty one once for all."
     n = losses.layers * losses.heads
     whole, nothing = ends = losses(np.stack([np.ones((losses.layers, losses.heads)), np.zeros((losses.layers, losses.heads))])).tolist()
-    factor = FACTOR * max(1e-3, nothing - whole)
-    envs = [PruneEnv(Apart(losses), budget=max(1 / n, i / ENVS), efficiency_factor=factor) for i in range(1, ENVS + 1)]
+    factor = min(100.0, FACTOR * max(1e-3, nothing - whole))
+    envs = [PruneEnv(losses, budget=max(1 / n, i / ENVS), efficiency_factor=factor) for i in range(1, ENVS + 1)]
     for e in envs:
         e.ends = ends
     return envs
@@ -221,6 +211,7 @@ class Strategy(NamedTuple):
     search: Callable  # (losses, model, X, y, evaluations, seed) -> passes
     random: bool = False
     from_scratch: bool = False  # a policy that is learned on this model alone
+    seeds: int = 1000  # at most, where a search is dear
 
 STRATEGIES = {
     "random order": Strategy(random_order, True),
@@ -234,7 +225,7 @@ STRATEGIES = {
     "leave-one-out": Strategy(leave_one_out),
     "greedy backward": Strategy(greedy),
     "greedy forward": Strategy(partial(greedy, forward=True)),
-    "learned gates (L0)": Strategy(learned_gates, True),
+    "learned gates (L0)": Strategy(learned_gates, True, seeds=2),
     "REINFORCE": Strategy(partial(policy, learner=REINFORCE), True, True),
     "A2C": Strategy(partial(policy, learner=A2C), True, True),
     "PPO": Strategy(partial(policy, learner=PPO, rollout=16, minibatch=64), True, True),
