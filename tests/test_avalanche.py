@@ -46,7 +46,7 @@ def test_its_extra_is_not_among_the_development_tools(monkeypatch):
     runpy.run_path(str(ROOT / "setup.py"))
     extras = given["extras_require"]
     assert any(r.startswith("avalanche-lib==") for r in extras["bench"])
-    assert not set(extras["bench"]) & set(extras["dev"])
+    assert not [r for r in extras["dev"] if r.startswith(("avalanche", "torchvision"))]
 
 
 @pytest.mark.skipif("avalanche.why_not()", reason="needs Avalanche: pip install -e .[bench]")

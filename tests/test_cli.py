@@ -28,7 +28,7 @@ def test_train_resume_replay(tmp_path, capsys):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
     "The run that was interrupted and resumed goes on with the weights of the one that was not."
-    long = ["--run.steps", "40000", "--data.steps-per-task", "3000", "--run.eval-every", "10000", "--quiet", "--store", str(tmp_path)]
+    long = ["--run.steps", "40000", "--run.threads", "1", "--data.steps-per-task", "3000", "--run.eval-every", "10000", "--quiet", "--store", str(tmp_path)]
     command = [sys.executable, "-m", "adaptive_lab.cli", "train", *long, "--name", "c", "--save-every", "100"]
     p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not any((tmp_path).rglob("*.json")) and p.poll() is None:

@@ -5,6 +5,12 @@ import pytest
 
 from adaptive_lab import continual, reweighting
 from adaptive_lab.cli import recipe_from_flags
+from adaptive_lab.controller.adaptation import Adaptation
+from adaptive_lab.controller.feedback import Timing, Worth
+from adaptive_lab.controller.gates import Gating
+from adaptive_lab.controller.meta import Meta
+from adaptive_lab.controller.policies import A2CKnobs, PolicyKnobs, PPOKnobs
+from adaptive_lab.controller.thumbs import Liking
 from adaptive_lab.diversity import Diversity
 from adaptive_lab.epsilon_vae.atlas import Charting
 from adaptive_lab.epsilon_vae.curves import Bend
@@ -15,6 +21,7 @@ from adaptive_lab.epsilon_vae.vae import VAE
 from adaptive_lab.knobs import KnobError, Knobs, table, walk
 from adaptive_lab.panels.controls import control
 from adaptive_lab.parts import parts
+from adaptive_lab.sampling import Sampling
 from adaptive_lab.tape import RunKnobs
 from adaptive_lab.training import Training
 from adaptive_lab.transfer import Transfer
@@ -24,6 +31,8 @@ GROUPS = {("run", None): RunKnobs, ("training", None): Training}
 GROUPS.update({(kind, name): p.knobs for kind in ("data", "model", "optimizer") for name, p in parts(kind).items()})
 RIVALS = {("continual", None): continual.Protocol, ("reweighting", None): reweighting.Protocol, ("transfer", None): Transfer, ("diversity", None): Diversity, ("zoo", None): Zoo}
 RIVALS.update({(cls.__module__.rpartition(".")[2], None): cls for cls in (Charting, Bend, Functions, Prediction, TokenSizes, VAE)})
+RIVALS.update({(f"controller.{cls.__name__.lower()}", None): cls for cls in (Adaptation, Worth, Timing, Gating, Meta, PolicyKnobs, A2CKnobs, PPOKnobs, Liking)})
+RIVALS["sampling", None] = Sampling
 RIVALS.update({(kind, name): p.knobs for kind in ("learner", "weighting") for name, p in parts(kind).items()})  # of comparisons, not of a recipe
 listed = lambda groups: [pytest.param(where, cls, k, id=f"{where[1] or where[0]}.{k.name}") for where, cls in groups.items() for k in walk(cls)]
 FLAGS, KNOBS = listed(GROUPS), listed(GROUPS | RIVALS)

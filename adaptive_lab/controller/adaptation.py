@@ -47,7 +47,7 @@ class Adaptation(Knobs):
     budget: float = knob(100.0, "forward passes over the text that a search may take", ge=1, le=10_000, span=(10, 500), log=True)
     prior: float = knob(10.0, "how strongly gates are held at home: moving one from 1 to 0 costs half as many nats, over the whole text", ge=0, le=10_000, span=(0, 100))
     held_back: float = knob(0.33, "share of the windows, the last ones, on which the gates found are judged", gt=0, lt=1)
-    level: float = knob(0.01, "how often chance alone may pass for a gain", gt=0, lt=0.5, log=True)
+    level: float = knob(0.01, "how often chance alone may pass for a gain", gt=0, lt=0.5, span=(1e-6, 0.4), log=True)
     rows: int = knob(16, "windows in one call of the model: the memory", ge=1, le=4096, log=True)
     remembered: int = knob(8, "settings that are remembered", ge=0, le=1000, span=(0, 32))
 

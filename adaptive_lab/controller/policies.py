@@ -28,9 +28,9 @@ class PolicyKnobs(Knobs):
     lam: float = knob(1.0, "1: advantages are returns less the critic's value; 0: only the next step counts", ge=0, le=1)
     entropy: float = knob(0.0, "weight of the entropy in the loss", ge=0, le=10)
     value: float = knob(0.5, "weight of the critic's loss", ge=0, le=10)
-    max_norm: float = knob(0.5, "norm to which gradients are clipped", gt=0)
+    max_norm: float = knob(0.5, "norm to which gradients are clipped", gt=0, span=(0.01, 10), log=True)
     normalise: bool = knob(True, "advantages get mean 0 and spread 1 before they are used")
-    rollout: int = knob(1000, "steps of each environment between two updates, at most", ge=1)
+    rollout: int = knob(1000, "steps of each environment between two updates, at most", ge=1, span=(1, 4096), log=True)
     envs: int = knob(8, "environments stepped side by side", ge=1, le=4096, live=False)
     hidden: int = knob(64, "units in each of two hidden layers", ge=1, le=4096, live=False)
 
@@ -39,19 +39,19 @@ class A2CKnobs(PolicyKnobs):
     "The knobs of A2C."
 
     lam: float = knob(0.95, "1: advantages are returns less the critic's value; 0: only the next step counts", ge=0, le=1)
-    rollout: int = knob(16, "steps of each environment between two updates", ge=1)
+    rollout: int = knob(16, "steps of each environment between two updates", ge=1, span=(1, 4096), log=True)
 
 class PPOKnobs(PolicyKnobs):
     "The knobs of PPO."
 
     lr: float = knob(4e-3, "learning rate of Adam", ge=0, le=1, log=True)
     lam: float = knob(0.8, "1: advantages are returns less the critic's value; 0: only the next step counts", ge=0, le=1)
-    rollout: int = knob(128, "steps of each environment between two updates", ge=1)
-    epochs: int = knob(4, "times that the data of an update are gone through", ge=1)
-    minibatch: int = knob(256, "samples of one step of Adam", ge=1)
+    rollout: int = knob(128, "steps of each environment between two updates", ge=1, span=(1, 4096), log=True)
+    epochs: int = knob(4, "times that the data of an update are gone through", ge=1, span=(1, 30))
+    minibatch: int = knob(256, "samples of one step of Adam", ge=1, span=(1, 4096), log=True)
     clip: float = knob(0.2, "how far the ratio may move from 1 before its gradient is cut off", gt=0, lt=1)
-    value_clip: float = knob(0.0, "how far a value may move at most; 0: not clipped", ge=0)
-    target_kl: float = knob(0.0, "an update ends when the policy has moved by 1.5 times this; 0: never", ge=0)
+    value_clip: float = knob(0.0, "how far a value may move at most; 0: not clipped", ge=0, span=(0, 1))
+    target_kl: float = knob(0.0, "an update ends when the policy has moved by 1.5 times this; 0: never", ge=0, span=(0, 0.1))
 
 # %% ../../nbs/33_controller.policies.ipynb #0010
 def network(inputs: int, hidden: int, outputs: int, gain: float, generator: torch.Generator) -> nn.Sequential:
