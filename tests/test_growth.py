@@ -171,6 +171,27 @@ def test_the_answer_is_the_best_of_what_was_measured_and_no_set_twice(choice, mo
     assert tuple(found.tolist()) == min(seen, key=lambda p: p[1])[0]
 
 
+def test_each_set_asked_is_the_exchange_in_one_of_the_two_best_that_promises_most(choice, monkeypatch):
+    asked, losses, real = [], [], Choice.losses
+
+    def heard(self, sets):
+        found = real(self, sets)
+        asked.extend(sets)
+        losses.extend(found)
+        return found
+
+    monkeypatch.setattr(Choice, "losses", heard)
+    choose(Policy(), choice, 14)
+    seen = view(choice)
+    assert torch.equal(asked[0], top(-(seen.features @ Policy().worth), MANY))
+    for i in range(1, len(asked)):
+        known, found = torch.stack(asked[:i]), torch.stack(losses[:i])
+        pool = [s for s in every() if any((s - known[j]).abs().sum() == 2 for j in found.argsort()[:2]) and not any(torch.equal(s, k) for k in known)]
+        gain = expected_gain(found.min(), *predict(Policy(), seen, known, found, torch.stack(pool)))
+        at = next(j for j, s in enumerate(pool) if torch.equal(s, asked[i]))
+        assert gain[at] >= gain.max() - 1e-9 * gain.max().abs() - 1e-15
+
+
 def test_with_enough_evaluations_the_best_set_is_found_and_the_search_ends(choice):
     losses = choice.losses(every())
     before = choice.asked
