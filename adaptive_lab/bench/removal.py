@@ -305,7 +305,7 @@ def halved_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 def halved_figures(rows: list[dict]) -> list[Figure]:
-    "Speed and loss after pruning and tuning; bars are for the models trained with random gates."
+    "Speed and loss after pruning and tuning; a loss has its bar against its own original."
     random, plain = ([r for r in rows if bool(r["s"].drop) == kind] for kind in (True, False))
     of = lambda rows, base: [100 * (r["after"] / b - 1) for r, b in zip(rows, base)]
     note = lambda found: "seeds " + ", ".join(f"{v:+.2f}" for v in found)
@@ -315,7 +315,7 @@ def halved_figures(rows: list[dict]) -> list[Figure]:
         against = (("its original", "original"), ("the whole model tuned as long", "longer"))
         for name, key in against:
             found = of(mine, [r[key] for r in mine])
-            bar = 1.0 if kind == "random gates" and key == "original" else None
+            bar = 1.0 if key == "original" else None
             out.append(Figure(f"loss against {name}, trained with {kind}", mean(found), "%", bar, note(found)))
     found = of(random, [r["original"] for r in plain])
     return [*out, Figure("loss, trained with random gates, against the original trained with all gates open", mean(found), "%", None, note(found))]
