@@ -87,19 +87,23 @@ class Adapter:
     def _at_home(self):
         "The gates that the model has now are its home; there is no way back behind them."
         self.home = self.now = _copy(self.model.gates)
+        self.structure = self._structure()
         self.setting: Setting | None = None  # what the model has now; None: home
         self.past: list[tuple[Gates, Setting | None]] = []  # what it had before each change
 
     def _check_home(self):
         "Gates that someone else has set since, and a model that was pruned or regrown, are a new home."
-        if not _same(self.model.gates, self.now):
+        if not (_same(self.model.gates, self.now) and _same(self.structure, self._structure())):
             self._at_home()
+
+    def _structure(self) -> tuple[Tensor, Tensor]:
+        return self.model.present_heads.clone(), self.model.present_ffn.clone()
 
 # %% ../../nbs/37_controller.adaptation.ipynb #0013
 def _copy(gates: Gates) -> Gates:
     return Gates(*(g.detach().clone() for g in gates))
 
-def _same(a: Gates, b: Gates) -> bool:
+def _same(a: tuple, b: tuple) -> bool:
     return all(torch.equal(s, t) for s, t in zip(a, b))
 
 def split(self, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -177,8 +181,9 @@ def rollback(self) -> bool:
     self._check_home()
     if not self.past:
         return False
-    gates, setting = self.past.pop()
+    gates, setting = self.past[-1]
     put(self.model, gates)
+    self.past.pop()
     self.setting, self.now = setting, gates
     return True
 
@@ -212,9 +217,14 @@ def state_dict(self) -> dict:
 
 def load_state_dict(self, state: dict):
     "Take over what `state_dict()` returned; the model keeps the gates it has. Raises `ValueError` for another model's, then nothing changes."
-    memory = [Setting(s["number"], check_gates(self.model, Gates(*s["gates"])), s["used"], s["liked"]) for s in state["memory"]]
-    self.home, self.memory, self.count = check_gates(self.model, Gates(*state["home"])), memory, state["count"]
-    self.setting = next((s for s in memory if s.number == state["setting"]), None)
-    self.now, self.past = _copy(self.model.gates), []
+    try:
+        memory = [Setting(s["number"], check_gates(self.model, Gates(*s["gates"])), s["used"], s["liked"]) for s in state["memory"]]
+        home, count, number = check_gates(self.model, Gates(*state["home"])), state["count"], state["setting"]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"this is no state of an Adapter ({type(e).__name__} {e}): give what its state_dict() returned") from None
+    self.home, self.memory, self.count = home, memory, count
+    self.now, self.structure = _copy(self.model.gates), self._structure()
+    self.setting = next((s for s in memory if s.number == number and _same(self._gates(s), self.now)), None)
+    self.past = [] if _same(self.now, home) else [(_copy(home), None)]  # the way back leads home
 
 Adapter.state_dict, Adapter.load_state_dict = state_dict, load_state_dict

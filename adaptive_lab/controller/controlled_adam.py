@@ -70,7 +70,7 @@ def _hear_thumbs(self, group: dict):
         while self._thumbs[i] < group[name]:
             self._thumbs[i] += 1
             if any(d.kind in ("prune", "regrow") for d in self.controller.decisions):
-                self.controller.thumb(self.model, i == 0, self._index())
+                self.controller.thumb(self.model, i == 0, self._index(), self)
         self._thumbs[i] = group[name]
 
 Controlled.step, Controlled._index, Controlled._hear_thumbs = step, _index, _hear_thumbs

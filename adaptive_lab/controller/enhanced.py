@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .feedback import MovingAverage, Stream, Timing, Worth, finite, potential
+from .forward_steps import check_text
 from .masks import losses_of
 from .model import AdaptiveTransformer
 from .policy_gradient import discounted, entropy, gae, log_prob, masked, normalised, ppo_loss, reinforce_loss, value_loss
@@ -45,6 +46,7 @@ class Decision:
     loss: float  # held out, after it, nats a byte
     kept: int  # heads that are open after it
     heads: list  # gates after it, (layers, heads)
+    before: tuple = ()  # the gates that `changes` changed, as they were
 
 # %% ../../nbs/37_controller.enhanced.ipynb #0008
 SEEN = 6  # numbers a head
@@ -143,13 +145,20 @@ def act(self, seen: Tensor, may: Tensor, action: int | None = None) -> int:
     self._pending.append(dict(seen=seen, may=may, action=action, value=float(value), log_p=float(log_prob(masked(scores, may)[None], torch.tensor([action]))), reward=None))
     return action
 
-EnhancedController.allowed, EnhancedController.propose, EnhancedController.act = allowed, propose, act
+def _check_model(self, model: AdaptiveTransformer):
+    if (model.num_layers, model.num_heads) != (self.num_layers, self.num_heads):
+        raise ValueError(f"model has {model.num_layers} × {model.num_heads} heads and this controller {self.num_layers} × {self.num_heads}: make one for the model")
+
+for f in (allowed, propose, act, _check_model):
+    setattr(EnhancedController, f.__name__, f)
 
 # %% ../../nbs/37_controller.enhanced.ipynb #0018
 def update_policy(self, reward) -> dict:
     "Give the last action its reward; learn when a rollout is full. Raises `ValueError` for a reward that is not finite, and nothing changes."
     reward = finite(reward, "reward")
     waiting = [p for p in self._pending if p["reward"] is None]
+    if abs(reward) > 1e6:
+        raise ValueError(f"reward={reward:g} is not allowed: at most 1e6 in size, and best within [-1, 1]; nothing was changed")
     before = self.baseline.value or 0.0
     self.baseline.add(reward)
     if waiting:
@@ -157,8 +166,7 @@ def update_policy(self, reward) -> dict:
     if not self._pending or len(self._pending) < self.knobs.rollout or self._pending[-1]["reward"] is None:
         return dict(updated=False, baseline=self.baseline.value)
     known, self._pending = [p for p in self._pending if p["reward"] is not None], []
-    loss = self._learn(known, before)
-    return dict(updated=True, baseline=self.baseline.value, loss=loss)
+    return dict(updated=True, baseline=self.baseline.value, loss=self._learn(known, before))
 
 # %% ../../nbs/37_controller.enhanced.ipynb #0019
 def _learn(self, known: list[dict], before: float) -> float:
@@ -195,11 +203,11 @@ EnhancedController.update_policy, EnhancedController._learn, EnhancedController.
 # %% ../../nbs/37_controller.enhanced.ipynb #0023
 def decide(self, model: AdaptiveTransformer, X: Tensor, y: Tensor, step: int = 0, optimizer=None) -> Decision:
     "Try some changes on held-out bytes X and the next ones y; carry out the best one that pays. Raises `ValueError`, then nothing changes."
-    if (model.num_layers, model.num_heads) != (self.num_layers, self.num_heads):
-        raise ValueError(f"model has {model.num_layers} × {model.num_heads} heads and this controller {self.num_layers} × {self.num_heads}: make one for the model")
-    seen, may = see(model, X, y, self.effects), self.allowed(model)
+    self._check_model(model)
+    check_text(model, X, y)
+    seen, may, chance = see(model, X, y, self.effects), self.allowed(model), self.generator.get_state()
     tried = self.propose(seen, may, self.knobs.candidates)
-    losses, back = self._try(model, X, y, tried, optimizer)
+    losses, back = self._try(model, X, y, tried, optimizer, chance)
     worth = self._worths(model, tried, losses)
     rewards = torch.tanh(torch.tensor([w - worth[0] for w in worth[3:]]))
     best = int(rewards.argmax())
@@ -214,15 +222,23 @@ def decide(self, model: AdaptiveTransformer, X: Tensor, y: Tensor, step: int = 0
 EnhancedController.decide = decide
 
 # %% ../../nbs/37_controller.enhanced.ipynb #0024
-def _try(self, model, X, y, tried: Tensor, optimizer) -> tuple[list[float], list]:
+def _try(self, model, X, y, tried: Tensor, optimizer, chance) -> tuple[list[float], dict]:
     "Losses as it is, whole, with nothing, and after each change; and the heads that had to be brought back to be tried."
     back = [divmod(int(a), self.num_heads) for a in tried if a < self.num_layers * self.num_heads and not model.present_heads.flatten()[a]]
+    past, grown = model._past, {}
     for layer, head in back:
         model.regrow(layer, head, fresh=(layer, head) not in model.removed, optimizer=optimizer)
+        grown[layer, head] = model._past[-1]
+    model._past = past  # a trial is nothing to undo
     own = model.gate_heads > 0
-    masks = [own, model.present_heads.clone(), torch.zeros_like(own)]
-    masks += [_toggled(own, int(a)) for a in tried]
-    return losses_of(model, X, y, torch.stack(masks)).tolist(), back
+    masks = [own, model.present_heads.clone(), torch.zeros_like(own), *(_toggled(own, int(a)) for a in tried)]
+    try:
+        return [finite(loss, "held-out loss") for loss in losses_of(model, X, y, torch.stack(masks)).tolist()], grown
+    except Exception:  # all as it was
+        self.generator.set_state(chance)
+        for where in back:
+            model._take(*where, optimizer)
+        raise
 
 def _toggled(mask: Tensor, action: int) -> Tensor:
     "The mask after an action."
@@ -231,6 +247,9 @@ def _toggled(mask: Tensor, action: int) -> Tensor:
         m.view(-1)[action] ^= True
     return m
 
+EnhancedController._try = _try
+
+# %% ../../nbs/37_controller.enhanced.ipynb #0025
 def _worths(self, model, tried: Tensor, losses: list[float]) -> list[float]:
     "The worth of each state that was measured."
     n, open_ = self.num_layers * self.num_heads, model.gate_heads.flatten() > 0
@@ -240,9 +259,9 @@ def _worths(self, model, tried: Tensor, losses: list[float]) -> list[float]:
         self.archive.add(k, loss)
     return [potential(self.knobs, loss, k / n, losses[1], losses[2]) for k, loss in zip(kept, losses)]
 
-EnhancedController._try, EnhancedController._worths = _try, _worths
+EnhancedController._worths = _worths
 
-# %% ../../nbs/37_controller.enhanced.ipynb #0025
+# %% ../../nbs/37_controller.enhanced.ipynb #0026
 def _compare(self, seen: Tensor, may: Tensor, tried: Tensor, rewards: Tensor):
     "Learn from all trials of a decision: each against the mean of the others."
     n = len(tried)
@@ -251,32 +270,34 @@ def _compare(self, seen: Tensor, may: Tensor, tried: Tensor, rewards: Tensor):
         advantages = (rewards - (rewards.sum() - rewards) / (n - 1)) / rewards.abs().max().clamp_min(1e-6)
         self._step(reinforce_loss(log_prob(scores.expand(n, -1), tried), advantages) - self.knobs.exploration * entropy(scores))
 
-def _carry_out(self, model, action, reward, loss, step, optimizer, back) -> Decision:
+def _carry_out(self, model, action, reward, loss, step, optimizer, back: dict) -> Decision:
     "Do it, remember what it brought, and put away what was only brought back to be tried."
-    n, kind, changes = self.num_layers * self.num_heads, "keep", ()
+    n, kind, changes, before = self.num_layers * self.num_heads, "keep", (), ()
     self.effects[..., 1] *= 0.8
     if action < n:
         layer, head = divmod(action, self.num_heads)
         kind, value = ("prune", 0.0) if model.gate_heads[layer, head] > 0 else ("regrow", 1.0)
+        if (layer, head) in back:
+            model._remember(*back[layer, head])
+        changes, before = ((layer, head, value),), (float(model.gate_heads[layer, head]),)
         model.set_gate(layer, head, value)
-        changes = ((layer, head, value),)
         self.effects[layer, head] = torch.tensor([reward, 1.0])
     for where in back:
         if model.gate_heads[where] == 0:
             model._take(*where, optimizer)
     self._remove(model, optimizer)
-    return self._note(Decision(step, kind, changes, reward, loss, int((model.gate_heads > 0).sum()), model.gate_heads.tolist()))
+    return self._note(Decision(step, kind, changes, reward, loss, int((model.gate_heads > 0).sum()), model.gate_heads.tolist(), before))
 
 EnhancedController._compare, EnhancedController._carry_out = _compare, _carry_out
 
-# %% ../../nbs/37_controller.enhanced.ipynb #0026
+# %% ../../nbs/37_controller.enhanced.ipynb #0027
 def _remove(self, model, optimizer):
     "Remove for real the heads that stayed closed for long enough."
     shut = {(i, h) for i, h in (model.present_heads & (model.gate_heads == 0)).nonzero().tolist()}
     self.closed_for = {where: self.closed_for.get(where, 0) + 1 for where in shut}
     if after := self.knobs.remove_after:
         for where in sorted(w for w, n in self.closed_for.items() if n >= after):
-            model._take(*where, optimizer)
+            model._remove([where], optimizer)
             del self.closed_for[where]
 
 def _note(self, decision: Decision) -> Decision:
@@ -286,7 +307,7 @@ def _note(self, decision: Decision) -> Decision:
 
 EnhancedController._remove, EnhancedController._note = _remove, _note
 
-# %% ../../nbs/37_controller.enhanced.ipynb #0029
+# %% ../../nbs/37_controller.enhanced.ipynb #0030
 def follow(self, step, X: Tensor, y: Tensor) -> Decision | None:
     "Take in a training step; at every `every`-th one decide, on held-out bytes X and the next ones y. The decision, or None."
     if not self.stream.feed(step.loss):
@@ -297,7 +318,7 @@ def follow(self, step, X: Tensor, y: Tensor) -> Decision | None:
 
 EnhancedController.follow = follow
 
-# %% ../../nbs/37_controller.enhanced.ipynb #0032
+# %% ../../nbs/37_controller.enhanced.ipynb #0033
 def _listen(self, step, X: Tensor, y: Tensor) -> Decision:
     "Reward the last action by the stream of training losses since, then take the next; held-out bytes only show the heads."
     model, now = step.model, self.stream.average.value
@@ -308,22 +329,27 @@ def _listen(self, step, X: Tensor, y: Tensor) -> Decision:
     self._heard = (now, kept)
     self._last = (see(model, X, y, self.effects), self.allowed(model))
     action = self.act(*self._last)
-    return self._carry_out(model, action, self.baseline.value or 0.0, now, step.index, step.optimizer, [])
+    return self._carry_out(model, action, self.baseline.value or 0.0, now, step.index, step.optimizer, {})
 
 EnhancedController._listen, EnhancedController._heard = _listen, (0.0, 1.0)
 
-# %% ../../nbs/37_controller.enhanced.ipynb #0035
-def thumb(self, model: AdaptiveTransformer, up: bool, step: int = 0) -> Decision:
-    "A person likes what the last change made of the model, or not; not liked, it is undone. Raises `ValueError` while nothing was changed."
+# %% ../../nbs/37_controller.enhanced.ipynb #0036
+def thumb(self, model: AdaptiveTransformer, up: bool, step: int = 0, optimizer=None) -> Decision:
+    "A person likes what the last change made of the model, or not; not liked, it is undone, and a head that was removed since comes back. Raises `ValueError` while nothing was changed."
+    if not isinstance(up, (bool, np.bool_)):
+        raise ValueError(f"up={up!r} is not allowed: True for a thumb up, False for a thumb down")
+    self._check_model(model)
     changed = [d for d in self.decisions if d.kind in ("prune", "regrow")]
     if not changed:
         raise ValueError("there is no change to like or not: the controller has not changed a gate yet")
     undo, last = (), changed[-1]
-    for layer, head, value in last.changes:
+    for (layer, head, value), was in zip(last.changes, last.before or [1.0 - c[2] for c in last.changes]):
         self.effects[layer, head] = torch.tensor([1.0 if up else -1.0, 1.0])
-        if not up and model.is_present(layer, head):
-            undo += ((layer, head, 1.0 - value),)
-            model.set_gate(layer, head, 1.0 - value)
+        if not up:
+            if was and not model.is_present(layer, head):
+                model.regrow(layer, head, fresh=(layer, head) not in model.removed, optimizer=optimizer)
+            undo += ((layer, head, was),)
+            model.set_gate(layer, head, was)
     self._compare_one(last, 1.0 if up else -1.0)
     return self._note(Decision(step, "thumb", undo, 1.0 if up else -1.0, last.loss, int((model.gate_heads > 0).sum()), model.gate_heads.tolist()))
 
@@ -336,11 +362,11 @@ def _compare_one(self, decision: Decision, reward: float):
 
 EnhancedController.thumb, EnhancedController._compare_one, EnhancedController._last = thumb, _compare_one, None
 
-# %% ../../nbs/37_controller.enhanced.ipynb #0038
+# %% ../../nbs/37_controller.enhanced.ipynb #0039
 def get_extra_state(self) -> dict:
     return dict(
         optimizer=self.optimizer.state_dict(), generator=self.generator.get_state(), baseline=self.baseline.state_dict(), points=[list(p) for p in self.archive.points],
-        stream=dict(since=self.stream.since, average=self.stream.average.state_dict()), decisions=[dict(asdict(d), changes=[list(c) for c in d.changes]) for d in self.decisions],
+        stream=dict(since=self.stream.since, average=self.stream.average.state_dict()), decisions=[dict(asdict(d), changes=[list(c) for c in d.changes], before=list(d.before)) for d in self.decisions],
         closed=[[*where, n] for where, n in sorted(self.closed_for.items())], pending=self._pending, heard=list(self._heard), last=None if self._last is None else list(self._last),
     )
 
@@ -351,7 +377,7 @@ def set_extra_state(self, state: dict):
     self.archive.points = [(int(k), float(v)) for k, v in state["points"]]
     self.stream.since = state["stream"]["since"]
     self.stream.average.load_state_dict(state["stream"]["average"])
-    self.decisions = [Decision(**{**d, "changes": tuple(map(tuple, d["changes"]))}) for d in state["decisions"]]
+    self.decisions = [Decision(**{**d, "changes": tuple(map(tuple, d["changes"])), "before": tuple(d.get("before", ()))}) for d in state["decisions"]]
     self.closed_for = {(i, h): n for i, h, n in state["closed"]}
     self._pending, self._heard = list(state["pending"]), tuple(state["heard"])
     self._last = None if state["last"] is None else tuple(state["last"])

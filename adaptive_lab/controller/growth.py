@@ -47,7 +47,7 @@ class Choice:
 def candidates(model: AdaptiveTransformer) -> list[tuple[int, int]]:
     "The removed heads whose weights are known, as (layer, head). Raises `ValueError` when there is none."
     if not (places := sorted(p for p in model.removed if p[1] != "ffn")):
-        raise ValueError("no head was removed from this model: close gates and prune() first (a state that was loaded does not have what was cut out)")
+        raise ValueError("no head was removed from this model: close gates and prune() first (after forget() the weights are gone)")
     return places
 
 def batch(self, i: int = 0) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,8 @@ def lesson(seen: Look, losses: Losses, draws: int = 600, seed: int = 0) -> Lesso
     n, shape, g = len(seen.layer), (losses.layers, losses.heads), torch.Generator().manual_seed(seed)
     if n != shape[0] * shape[1]:
         raise ValueError(f"seen is of {n} heads and losses of {shape[0]} × {shape[1]}: look at the model that is measured")
+    if n < 2 or not isinstance(draws, int) or draws < 3:
+        raise ValueError(f"{n} heads and draws={draws!r} are no lesson: 2 heads or more, and 3 draws or more, are needed")
     measure = lambda removed: torch.from_numpy(losses(removed.logical_not().view(-1, *shape).numpy())) - whole
     whole = float(losses(np.ones((1, *shape), bool))[0])
     worth = torch.zeros(n, dtype=torch.float64)

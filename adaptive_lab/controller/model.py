@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .states import check_state
 from .surgery import Place, cut, graft
 from ..transformer import Block, KVCache
 
@@ -46,7 +47,9 @@ class AdaptiveTransformer(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        _check_sizes(num_layers=num_layers, num_heads=num_heads, dim=dim, context=context, hidden=hidden or 4 * dim)
+        _check_sizes(num_layers=num_layers, num_heads=num_heads, dim=dim, context=context, hidden=4 * dim if hidden is None else hidden)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout!r} is not allowed: a chance in [0, 1)")
         self.num_layers, self.num_heads, self.dim, self.context, self.hidden = num_layers, num_heads, dim, context, hidden or 4 * dim
         self.bytes, self.places = nn.Embedding(256, dim), nn.Embedding(context, dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, self.hidden, dropout) for _ in range(num_layers))
@@ -84,8 +87,11 @@ AdaptiveTransformer._begin = _begin
 # %% ../../nbs/32_controller.model.ipynb #0009
 def embed(self, x: Tensor, before: int = 0) -> Tensor:  # (batch, T) -> (batch, T, dim)
     "The stream before the first layer, when `before` bytes went ahead."
-    if x.ndim != 2 or x.is_floating_point() or x.dtype == torch.bool:
-        raise ValueError(f"x of shape {tuple(x.shape)} and {x.dtype} is not (batch, T) of whole numbers: give bytes as int64")
+    if not torch.is_tensor(x) or x.ndim != 2 or x.dtype not in (torch.int64, torch.int32):
+        given = f"of shape {tuple(x.shape)} and {x.dtype}" if torch.is_tensor(x) else f"of type {type(x).__name__}"
+        raise ValueError(f"x {given} is not (batch, T) of whole numbers: give bytes as int64")
+    if x.device.type == "cpu" and x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= 255:
+        raise ValueError(f"x has values from {int(x.min())} to {int(x.max())}: bytes are 0 to 255")
     if before + x.shape[1] > self.context:
         raise ValueError(f"{before + x.shape[1]} bytes are more than the model's context of {self.context}: give the last {self.context}")
     return self.bytes(x) + self.places.weight[before : before + x.shape[1]]
@@ -146,7 +152,7 @@ def set_gate(self, layer: int, head: int | str, value: float):
     grid, at = self._grid(layer, head)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number <= 1:
         raise ValueError(f"value={value!r} is not allowed: a gate is a number in [0, 1]")
@@ -189,6 +195,11 @@ def parts(self, layer: int) -> list:
 def prune(self, optimizer: torch.optim.Optimizer | None = None) -> list[tuple[int, int | str]]:
     "Remove every part that closed gates shut off, from the model and from what the optimizer keeps; the parts as (layer, head)."
     shut = [(i, p) for i in range(self.num_layers) for p in self.parts(i) if self.gate_layers[i] == 0 or self._gate(i, p) == 0]
+    self._remove(shut, optimizer)
+    return shut
+
+def _remove(self, shut: list, optimizer):
+    "Remove these parts, which are there; can be undone."
     before = {where: self._gate(*where) for where in shut}
     for where in shut:
         self._take(*where, optimizer)
@@ -196,7 +207,6 @@ def prune(self, optimizer: torch.optim.Optimizer | None = None) -> list[tuple[in
         grid[at] = 0
     if shut:
         self._remember("prune", before)
-    return shut
 
 def _gate(self, layer, head) -> float:
     grid, at = self._grid(layer, head)
@@ -207,7 +217,7 @@ def missing(self, layer: int, head: int | str) -> list:
     self._grid(layer, head)
     return [p for p in (*range(self.num_heads), "ffn") if head in (p, "layer") and p not in self.parts(layer)]
 
-for f in (_places, _take, parts, missing, prune, _gate):
+for f in (_places, _take, parts, missing, prune, _remove, _gate):
     setattr(AdaptiveTransformer, f.__name__, f)
 
 # %% ../../nbs/32_controller.model.ipynb #0026
@@ -248,7 +258,8 @@ def _open_behind(self, layer: int, parts: list):
 def _fresh(self, layer: int, head: int | str, seed: int) -> dict[str, Tensor]:
     "New weights for a part, as those of a new model."
     one = Block(self.dim, 1, self.hidden, head_dim=self.dim // self.num_heads)
-    g, write = torch.Generator().manual_seed(seed), (2 * self.num_layers) ** -0.5
+    own = (seed * self.num_layers + layer) * (self.num_heads + 1) + (self.num_heads if head == "ffn" else head)  # no two parts alike
+    g, write = torch.Generator().manual_seed(own), (2 * self.num_layers) ** -0.5
     draw = lambda like, std: torch.randn(like.shape, generator=g) * std
     if head == "ffn":
         return {"up": draw(one.ffn.up.weight, self.dim**-0.5), "down": draw(one.ffn.down.weight, self.hidden**-0.5 * write)}
@@ -307,7 +318,7 @@ def _load_from_state_dict(self, state_dict, prefix, *rest):
 AdaptiveTransformer.forget = forget
 AdaptiveTransformer._save_to_state_dict, AdaptiveTransformer._load_from_state_dict = _save_to_state_dict, _load_from_state_dict
 
-# %% ../../nbs/32_controller.model.ipynb #0034
+# %% ../../nbs/32_controller.model.ipynb #0035
 def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
     "As `nn.Module.load_state_dict`. Raises `ValueError` for the state of another pruning, and then nothing has changed."
     for grid, what in (("present_heads", "heads"), ("present_ffn", "feed-forward networks")):
@@ -319,11 +330,12 @@ def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False)
             named = self.name_of(at[0], at[1] if len(at) > 1 else "ffn")
             has, lacks = ("state", "model") if theirs[at] else ("model", "state")
             raise ValueError(f"the state is of another pruning: {named} is in the {has} and not in the {lacks}. AdaptiveTransformer.from_state(state) builds a model that fits, restructure(state) changes this one")
+    check_state(self, state_dict, strict)
     return nn.Module.load_state_dict(self, state_dict, strict, assign)
 
 AdaptiveTransformer.load_state_dict = load_state_dict
 
-# %% ../../nbs/32_controller.model.ipynb #0035
+# %% ../../nbs/32_controller.model.ipynb #0036
 def _sizes_in(state: dict[str, Tensor]) -> dict[str, int]:
     "The sizes of the model whose state this is. Raises `ValueError`."
     try:
@@ -336,7 +348,7 @@ def _no_state(e: Exception) -> ValueError:
     said = " ".join(f"{type(e).__name__} {e}".split())
     return ValueError(f"this is no state of an AdaptiveTransformer ({said}): give what its state_dict() returned")
 
-# %% ../../nbs/32_controller.model.ipynb #0036
+# %% ../../nbs/32_controller.model.ipynb #0037
 def from_state(cls, state: dict[str, Tensor]) -> "AdaptiveTransformer":
     "A model with this state, pruned as it is. Raises `ValueError` when it is no state of an adaptive transformer."
     return cls(**_sizes_in(state)).restructure(state)

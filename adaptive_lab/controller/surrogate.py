@@ -198,7 +198,7 @@ def search(
     follow: int = 30,  # the prior follows every so many losses; 0: never
 ) -> Posterior:
     "Ask for masks that are likely to be on the front of heads against loss; `losses.seen` has them. Raises `ValueError`."
-    n, shape = _checked(seen, losses, evaluations)
+    n, shape = _checked(seen, losses, evaluations, batch)
     g, posterior = torch.Generator().manual_seed(seed), Posterior(surrogate, seen)
     pool, everything = path(surrogate(seen)), every_mask(n) if n <= FEW else None
     whole = float(losses(np.ones((1, *shape), bool))[0])
@@ -219,13 +219,14 @@ def search(
     return posterior
 
 # %% ../../nbs/35_controller.surrogate.ipynb #0024
-def _checked(seen: Look, losses: Losses, evaluations) -> tuple[int, tuple[int, int]]:
+def _checked(seen: Look, losses: Losses, evaluations, batch=1) -> tuple[int, tuple[int, int]]:
     "The number of heads, and their shape. Raises `ValueError`."
     n, shape = len(seen.layer), (losses.layers, losses.heads)
     if n != shape[0] * shape[1]:
         raise ValueError(f"seen is of {n} heads and losses of {shape[0]} × {shape[1]}: look at the model that is measured")
-    if not isinstance(evaluations, int) or isinstance(evaluations, bool) or evaluations < 1:
-        raise ValueError(f"evaluations={evaluations!r} is not allowed: a whole number of masks, 1 or more")
+    for name, k in (("evaluations", evaluations), ("batch", batch)):
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise ValueError(f"{name}={k!r} is not allowed: a whole number of masks, 1 or more")
     return n, shape
 
 def chosen(posterior: Posterior, pool: Tensor, many: int) -> Tensor:  # (m, n) -> (many, n)

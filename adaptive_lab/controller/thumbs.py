@@ -74,11 +74,13 @@ Thumbs.propose = propose
 # %% ../../nbs/34_controller.thumbs.ipynb #0010
 def reward(self, r: float, gates: Gates | None = None) -> Gates:
     "Learn from a thumb (1 up, -1 down) for the last proposal, or for a sample of other `gates`; the gates to go on with."
-    if not -1 <= r <= 1:  # also nan
+    if not isinstance(r, (int, float)) or not -1 <= r <= 1:  # also nan
         raise ValueError(f"reward r={r!r} is not allowed: 1 for a thumb up, -1 for a thumb down, or between")
     judged = self.pending if gates is None else as_vector(gates)
     if judged is None:
         raise ValueError("no sample waits for a thumb: call propose() first, or name the gates that it was made with")
+    if judged.shape != self.home.shape or not ((judged >= 0) & (judged <= 1)).all():
+        raise ValueError("gates do not fit the model, or are outside [0, 1]: give those that the sample was made with")
     f = self.features(judged)
     self.A, self.b = self.A + torch.outer(f, f), self.b + r * f
     before = as_vector(self.model.gates) if self.before is None else self.before
