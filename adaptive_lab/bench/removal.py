@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Pair', 'RATES', 'DROP', 'SUBJECTS', 'fresh', 'with_gates', 'removed', 'drawn', 'difference', 'Size',
-           'closed', 'one_thread', 'speeds', 'speed_table', 'speed_figures', 'Subject', 'texts', 'mean_loss', 'fitted',
-           'grown', 'without', 'left', 'prices', 'filled', 'choose', 'tuned', 'halved', 'halved_table',
-           'halved_figures', 'bench']
+           'closed', 'speeds', 'speed_table', 'speed_figures', 'Subject', 'texts', 'mean_loss', 'fitted', 'grown',
+           'without', 'left', 'prices', 'filled', 'choose', 'tuned', 'halved', 'halved_table', 'halved_figures',
+           'bench']
 
 # %% ../../nbs/95_bench.removal.ipynb #0004
 import copy
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .figures import Figure, Report
+from ..cells import one_thread
 from ..controller.costs import flops, open_parts, timings
+from ..controller.forward_steps import put
 from ..controller.model import AdaptiveTransformer, Gates
 from ..data.dialects import dialect_bytes
 from ..data.streams import Windows, seeded
@@ -36,11 +37,7 @@ def fresh(seed: int, *sizes: int) -> AdaptiveTransformer:
 def with_gates(model: AdaptiveTransformer, gates: Gates) -> AdaptiveTransformer:
     "A copy with these gates."
     m = copy.deepcopy(model)
-    for layer in range(m.num_layers):
-        for head in range(m.num_heads):
-            m.set_gate(layer, head, gates.heads[layer, head])
-        m.set_gate(layer, "ffn", gates.ffn[layer])
-        m.set_gate(layer, "layer", gates.layers[layer])
+    put(m, gates)
     return m
 
 def removed(model: AdaptiveTransformer) -> AdaptiveTransformer:
@@ -97,16 +94,6 @@ def closed(model: AdaptiveTransformer, share: float, ffn: bool, seed: int = 0) -
     if ffn:
         nets[torch.from_numpy(rng.permutation(model.num_layers)[: round(share * model.num_layers)])] = 0
     return with_gates(model, Gates(heads, nets, layers))
-
-@contextmanager
-def one_thread():
-    "Torch computes with one thread."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 # %% ../../nbs/95_bench.removal.ipynb #0013
 def speeds(size: Size, share: float, ffn: bool, turns: int) -> dict:
