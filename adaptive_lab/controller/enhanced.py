@@ -7,6 +7,7 @@ __all__ = ['SEEN', 'Control', 'Decision', 'see', 'Policy', 'Archive', 'EnhancedC
            'update_policy', 'decide', 'follow', 'thumb', 'get_extra_state', 'set_extra_state']
 
 # %% ../../nbs/37_controller.enhanced.ipynb #0003
+import copy
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -207,7 +208,11 @@ def decide(self, model: AdaptiveTransformer, X: Tensor, y: Tensor, step: int = 0
     check_text(model, X, y)
     seen, may, chance = see(model, X, y, self.effects), self.allowed(model), self.generator.get_state()
     tried = self.propose(seen, may, self.knobs.candidates)
-    losses, back = self._try(model, X, y, tried, optimizer, chance)
+    try:
+        losses = self._try(model, X, y, tried)
+    except Exception:  # all as it was
+        self.generator.set_state(chance)
+        raise
     worth = self._worths(model, tried, losses)
     rewards = torch.tanh(torch.tensor([w - worth[0] for w in worth[3:]]))
     best = int(rewards.argmax())
@@ -217,28 +222,24 @@ def decide(self, model: AdaptiveTransformer, X: Tensor, y: Tensor, step: int = 0
     self.update_policy(reward)
     self._compare(seen, may, tried, rewards)
     self._last = (seen, may)
-    return self._carry_out(model, action, reward, losses[3 + best] if reward > 0 else losses[0], step, optimizer, back)
+    return self._carry_out(model, action, reward, losses[3 + best] if reward > 0 else losses[0], step, optimizer)
 
 EnhancedController.decide = decide
 
 # %% ../../nbs/37_controller.enhanced.ipynb #0024
-def _try(self, model, X, y, tried: Tensor, optimizer, chance) -> tuple[list[float], dict]:
-    "Losses as it is, whole, with nothing, and after each change; and the heads that had to be brought back to be tried."
+def _try(self, model, X, y, tried: Tensor) -> list[float]:
+    "Losses as it is, whole, with nothing, and after each change. What was removed is tried on a copy."
     back = [divmod(int(a), self.num_heads) for a in tried if a < self.num_layers * self.num_heads and not model.present_heads.flatten()[a]]
-    past, grown = model._past, {}
-    for layer, head in back:
-        model.regrow(layer, head, fresh=(layer, head) not in model.removed, optimizer=optimizer)
-        grown[layer, head] = model._past[-1]
-    model._past = past  # a trial is nothing to undo
+    model = copy.deepcopy(model) if back else model
+    for where in back:
+        _bring_back(model, *where)
     own = model.gate_heads > 0
     masks = [own, model.present_heads.clone(), torch.zeros_like(own), *(_toggled(own, int(a)) for a in tried)]
-    try:
-        return [finite(loss, "held-out loss") for loss in losses_of(model, X, y, torch.stack(masks)).tolist()], grown
-    except Exception:  # all as it was
-        self.generator.set_state(chance)
-        for where in back:
-            model._take(*where, optimizer)
-        raise
+    return [finite(loss, "held-out loss") for loss in losses_of(model, X, y, torch.stack(masks)).tolist()]
+
+def _bring_back(model, layer: int, head: int, optimizer=None):
+    "A removed head from the model's cache, or a fresh one where its weights are not known."
+    model.regrow(layer, head, fresh=(layer, head) not in model.removed, optimizer=optimizer)
 
 def _toggled(mask: Tensor, action: int) -> Tensor:
     "The mask after an action."
@@ -270,21 +271,18 @@ def _compare(self, seen: Tensor, may: Tensor, tried: Tensor, rewards: Tensor):
         advantages = (rewards - (rewards.sum() - rewards) / (n - 1)) / rewards.abs().max().clamp_min(1e-6)
         self._step(reinforce_loss(log_prob(scores.expand(n, -1), tried), advantages) - self.knobs.exploration * entropy(scores))
 
-def _carry_out(self, model, action, reward, loss, step, optimizer, back: dict) -> Decision:
-    "Do it, remember what it brought, and put away what was only brought back to be tried."
+def _carry_out(self, model, action, reward, loss, step, optimizer) -> Decision:
+    "Do it, and remember what it brought."
     n, kind, changes, before = self.num_layers * self.num_heads, "keep", (), ()
     self.effects[..., 1] *= 0.8
     if action < n:
         layer, head = divmod(action, self.num_heads)
         kind, value = ("prune", 0.0) if model.gate_heads[layer, head] > 0 else ("regrow", 1.0)
-        if (layer, head) in back:
-            model._remember(*back[layer, head])
+        if value and not model.is_present(layer, head):
+            _bring_back(model, layer, head, optimizer)
         changes, before = ((layer, head, value),), (float(model.gate_heads[layer, head]),)
         model.set_gate(layer, head, value)
         self.effects[layer, head] = torch.tensor([reward, 1.0])
-    for where in back:
-        if model.gate_heads[where] == 0:
-            model._take(*where, optimizer)
     self._remove(model, optimizer)
     return self._note(Decision(step, kind, changes, reward, loss, int((model.gate_heads > 0).sum()), model.gate_heads.tolist(), before))
 
@@ -329,7 +327,7 @@ def _listen(self, step, X: Tensor, y: Tensor) -> Decision:
     self._heard = (now, kept)
     self._last = (see(model, X, y, self.effects), self.allowed(model))
     action = self.act(*self._last)
-    return self._carry_out(model, action, self.baseline.value or 0.0, now, step.index, step.optimizer, {})
+    return self._carry_out(model, action, self.baseline.value or 0.0, now, step.index, step.optimizer)
 
 EnhancedController._listen, EnhancedController._heard = _listen, (0.0, 1.0)
 
@@ -347,7 +345,7 @@ def thumb(self, model: AdaptiveTransformer, up: bool, step: int = 0, optimizer=N
         self.effects[layer, head] = torch.tensor([1.0 if up else -1.0, 1.0])
         if not up:
             if was and not model.is_present(layer, head):
-                model.regrow(layer, head, fresh=(layer, head) not in model.removed, optimizer=optimizer)
+                _bring_back(model, layer, head, optimizer)
             undo += ((layer, head, was),)
             model.set_gate(layer, head, was)
     self._compare_one(last, 1.0 if up else -1.0)
