@@ -43,7 +43,7 @@ class Figure:
         "Is it within its bar?"
         if self.bar is None or self.value is None:
             return self.bar is None
-        return self.value >= self.bar if self.at_least else self.value <= self.bar
+        return bool(self.value >= self.bar if self.at_least else self.value <= self.bar)
 
 # %% ../../nbs/93_bench.figures.ipynb #0007
 @dataclass
