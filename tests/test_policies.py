@@ -1,5 +1,6 @@
 "Policies: every detail that results hang on, and what is refused. Environments of a few states, so that all of it takes seconds."
 import ast
+import copy
 import inspect
 import io
 import math
@@ -543,6 +544,134 @@ def test_a_state_of_something_else_is_refused(other, word):
     assert torch.equal(weights(learner), before)
 
 
+def half_way(kind=A2C, seed=0, **how):
+    "A learner in the middle of its second episodes."
+    learner = kind(lambda: Made(12), seed, **dict(rollout=9, **SMALL) | how)
+    run(learner, 72)
+    return learner
+
+
+def same(a, b):
+    "Are two states the same, bit for bit?"
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_state_stays_as_it_is_when_the_learner_goes_on():
+    learner, twin = half_way(), half_way()
+    state = learner.state_dict()
+    kept = copy.deepcopy(state)
+    run(learner, 144)
+    assert same(state, kept) and not same(state, learner.state_dict())
+    twin.load_state_dict(state)
+    run(twin, 144)
+    assert same(state, kept) and same(twin.state_dict(), learner.state_dict())
+
+
+def test_learners_of_one_state_share_nothing():
+    a, b = half_way(), half_way(seed=1)
+    live = a.state_dict() | dict(net=a.net.state_dict(), optimizer=a.optimizer.state_dict())  # not a copy
+    b.load_state_dict(live)
+    before = copy.deepcopy(a.state_dict())
+    assert same(before, b.state_dict())
+    live["seats"][0]["start"]["state"]["state"] = 1
+    assert same(before, b.state_dict())
+    run(b, 144)
+    assert same(before, a.state_dict())
+
+
+def _put(value, *path):
+    "A function that puts a value somewhere into a state."
+
+    def put(state):
+        for name in path[:-1]:
+            state = state[name]
+        state[path[-1]] = value
+
+    return put
+
+
+def _drop(*path):
+    def drop(state):
+        for name in path[:-1]:
+            state = state[name]
+        del state[path[-1]]
+
+    return drop
+
+
+ADAM = ("optimizer", "state", 2)
+SPOILED = [
+    (_put({}, "optimizer"), "optimizer of the state"),
+    (_put([], "optimizer", "param_groups"), "optimizer of the state"),
+    (_put([3], "optimizer", "param_groups", 0, "params"), "params is"),
+    (_put(True, "optimizer", "param_groups", 0, "amsgrad"), "amsgrad is True"),
+    (_put(torch.zeros(3), *ADAM, "exp_avg"), "parameter 2 has the shapes"),
+    (_put(torch.zeros(16), *ADAM, "exp_avg_sq"), "parameter 2 has the shapes"),
+    (_put(torch.zeros(2), *ADAM, "step"), "parameter 2 has the shapes"),
+    (_put(7, *ADAM, "step"), "optimizer of the state"),
+    (_put(torch.full((16, 16), math.nan), *ADAM, "exp_avg"), "not finite"),
+    (_put(torch.full((16, 16), -1.0), *ADAM, "exp_avg_sq"), "squares below 0"),
+    (_drop(*ADAM, "exp_avg"), "parameter 2 has the shapes"),
+    (_put({}, "optimizer", "state", 99), r"averages of \{99\}"),
+    (_put({}, "rng"), "rng of the state"),
+    (_put(np.random.MT19937(0).state, "rng"), "rng of the state"),
+    (_put({"a": 1}, "seats", 1, "start"), "seats of the state"),
+    (_put(None, "seats", 1, "start"), "neither a seed nor"),
+    (_drop("seats", 3, "obs"), "seats of the state.*obs"),
+    (_put(torch.tensor([7]), "seats", 3, "actions"), "seats of the state"),
+    (_put(None, "seats"), "seats of the state"),
+    (_put("x", "steps"), "steps='x'"),
+    (_put(None, "steps"), "steps=None"),
+    (_put(-5, "steps"), "steps=-5"),
+    (_put(True, "steps"), "steps=True"),
+    (_put(7, "knobs", "envs"), "envs is 7, and here 4"),
+    (_put(64, "knobs", "hidden"), "hidden is 64, and here 16"),
+    (_put(2.0, "knobs", "gamma"), "knobs of the state.*gamma=2.0"),
+    (_put(None, "knobs"), "knobs of the state"),
+    (_put(torch.full((16,), math.nan), "net", "pi.0.bias"), "pi.0.bias is not finite"),
+    (_put(torch.zeros(2), "net", "pi.0.bias"), "the state's network has the shapes"),
+    (_put("weights", "net", "pi.0.bias"), "net of the state|network has the shapes"),
+    (_put([], "net"), "net of the state"),
+]
+
+
+@pytest.mark.parametrize("spoil, word", SPOILED)
+def test_a_state_that_is_not_whole_is_refused_and_nothing_changes(spoil, word):
+    learner, state = half_way(), half_way(seed=1).state_dict()
+    before = learner.state_dict()
+    spoil(state)
+    with pytest.raises(ValueError, match=word):
+        learner.load_state_dict(state)
+    assert same(learner.state_dict(), before) and all(len(s.actions) == 6 for s in learner.seats)
+    twin = half_way()
+    assert run(learner, 144) == run(twin, 144) and same(learner.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("state", [None, [], "state", 3])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ValueError, match="the state has no knobs, learner"):
+        half_way().load_state_dict(state)
+
+
+def test_a_network_that_refuses_a_state_keeps_its_weights():
+    class Refuses(ActorCritic):
+        def load_state_dict(self, state, *rest, **more):
+            super().load_state_dict(state, *rest, **more)
+            if self.refuse:
+                self.refuse = False
+                raise RuntimeError("not this one")
+
+    a, b = (half_way(net=Refuses(2, 3, 8, torch.Generator().manual_seed(i))) for i in range(2))
+    a.net.refuse, before = True, a.state_dict()
+    with pytest.raises(ValueError, match="not this one"):
+        a.load_state_dict(b.state_dict())
+    assert same(a.state_dict(), before)
+
+
 def test_environments_that_come_out_elsewhere_are_refused_and_nothing_changes():
     class Own(Made):  # draws from a generator of its own
         own = np.random.default_rng(0)
@@ -617,9 +746,67 @@ def test_bad_input_is_named():
         (lambda: A2C(Made, clip=0.2), KnobError, "unknown knob 'clip'"),
         (lambda: PPO(Made).learn(0), ValueError, "steps=0"),
         (lambda: PPO(Made).learn(1e4), ValueError, "steps=10000.0"),
+        (lambda: PPO(Made).learn(True), ValueError, "steps=True"),
+        *((lambda seed=seed: PPO(Made, seed), ValueError, f"seed={seed}") for seed in (-1, None, 1.5, 2**70, True)),
+        (lambda: run(PPO(lambda: Made(reward=None)), 10), ValueError, "the reward at step 1 of an episode is None"),
+        (lambda: PPO(lambda: Given([1.0, math.nan, 0.0])), ValueError, r"action_mask at step 0 of an episode is \[1.0, nan, 0.0\]"),
+        (lambda: PPO(lambda: Given([1, 2, 0])), ValueError, r"action_mask at step 0 of an episode is \[1, 2, 0\]"),
+        (lambda: PPO(Made).act(np.zeros(2), [math.nan, 1, 1]), ValueError, "action_mask at an observation"),
+        (lambda: evaluate(PPO(Made), Made, episodes=-1), ValueError, "episodes=-1"),
+        (lambda: evaluate(PPO(Made), Made, seed=-1), ValueError, "seed=-1"),
+        (lambda: evaluate(PPO(Made), lambda: Made(actions=spaces.Discrete(4))), ValueError, r"env has Discrete\(4\)"),
+        (lambda: evaluate(PPO(Made), Corridor), ValueError, r"env has Discrete\(2\)"),
     ]:
         with pytest.raises(error, match=word):
             wrong()
+
+
+class Given(Made):
+    "An environment whose mask is what is given, as it stands."
+
+    def __init__(self, mask):
+        super().__init__()
+        self.action_masks = lambda: mask
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    a, b = PPO(Made, np.int64(3), **SMALL), PPO(Made, 3, **SMALL)
+    assert run(a, np.int64(40)) == run(b, 40) and len(evaluate(a, Made, np.int64(2), np.int64(1))) == 2
+
+
+def test_an_environment_that_the_learner_sits_in_is_not_moved():
+    envs = [Made(50) for _ in range(4)]
+    learner = A2C(list(envs), **SMALL)
+    run(learner, 40)
+    at = envs[2].t
+    for env in (envs[2], gymnasium.Wrapper(envs[2])):
+        with pytest.raises(ValueError, match="env is one that the learner sits in"):
+            evaluate(learner, env)
+    assert envs[2].t == at > 0
+
+
+def test_dropout_is_off_where_a_policy_is_asked_and_on_again_after():
+    class Drops(ActorCritic):
+        act = property()  # torch computes it
+
+        def __init__(self):
+            super().__init__(2, 3, 16, torch.Generator().manual_seed(0))
+            self.drop, self.kept = torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(2).eval()
+
+        def forward(self, obs):
+            return super().forward(self.drop(self.kept(obs)))
+
+    learner = A2C(lambda: Made(9), net=Drops(), **SMALL)
+    run(learner, 200)
+    modes = [m.training for m in learner.net.modules()]
+    obs = np.random.default_rng(0).uniform(-1, 1, (50, 2))
+    first, second = ([learner.act(o) for o in obs] for _ in range(2))
+    assert first == second and len(set(first)) > 1
+    assert modes == [m.training for m in learner.net.modules()] and learner.net.training and not learner.net.kept.training
+    asked = []
+    learner.net.drop.register_forward_hook(lambda m, *_: asked.append(m.training))
+    evaluate(learner, lambda: Made(9), 2)
+    assert asked and not any(asked) and modes == [m.training for m in learner.net.modules()]
 
 
 def test_gymnasium_is_imported_only_where_it_is_used():

@@ -8,10 +8,13 @@ __all__ = ['PruneEnv', 'reset', 'step', 'action_masks', 'render']
 # %% ../../nbs/35_controller.environment.ipynb #0003
 import gymnasium
 import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
 
 from .feedback import Worth, potential
-from .masks import Losses, ModelLosses
+from .masks import Losses, ModelLosses, check_masks
 from .model import AdaptiveTransformer
+from .policy_gradient import whole
 
 # %% ../../nbs/35_controller.environment.ipynb #0006
 class PruneEnv(gymnasium.Env):
@@ -34,14 +37,14 @@ class PruneEnv(gymnasium.Env):
     ):
         self.losses = _losses(what, X, y)
         self.worth, self.shape = Worth(**worth), (self.losses.layers, self.losses.heads)
-        n = self.losses.layers * self.losses.heads
-        if self.worth.budget * n < 1:
-            raise ValueError(f"budget={self.worth.budget:g} of {n} heads is none: a budget of one head is {1 / n:.2g}")
+        n, there = self.losses.layers * self.losses.heads, _there(self.losses).sum()
+        if self.worth.budget * there < 1:
+            raise ValueError(f"budget={self.worth.budget:g} of {there} heads is none: a budget of one head is {1 / there:.2g}")
         self.features = np.zeros((n, 0), np.float32) if features is None else _features(features, self.shape)
-        self.max_steps = 2 * n if max_steps is None else max_steps
-        if not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise ValueError(f"max_steps={max_steps!r} is not allowed: a whole number of actions, 1 or more")
-        self.render_mode, self.ends = render_mode, None
+        self.max_steps = whole("max_steps", 2 * n if max_steps is None else max_steps)
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode={render_mode!r} is not allowed: 'ansi', or None")
+        self.render_mode, self.mask, self.over, self.ends, self.measured = render_mode, None, True, None, self.losses.version
         self.action_space = gymnasium.spaces.Discrete(n + 1)
         self.observation_space = gymnasium.spaces.Box(-10, 10, (n * (1 + self.features.shape[1]) + 4,), np.float32)
 
@@ -49,52 +52,82 @@ class PruneEnv(gymnasium.Env):
 def _losses(what, X, y) -> Losses:
     "What answers: the object itself, or a model's held-out data."
     if isinstance(what, AdaptiveTransformer):
-        if X is None or y is None or not len(X):
-            raise ValueError("X and y are needed with a model: held-out bytes (batch, T) and the next ones; without validation data nothing can be measured")
+        if not all(torch.is_tensor(b) and b.ndim == 2 and b.numel() for b in (X, y)):
+            raise ValueError("X and y are needed with a model: tensors of held-out bytes (batch, T) and the next ones; without validation data nothing can be measured")
         return ModelLosses(what, X, y)
     if not isinstance(what, Losses):
         raise ValueError(f"what is a {type(what).__name__}: give an AdaptiveTransformer with X and y, or a Losses")
     return what
 
 def _features(features, shape) -> np.ndarray:  # (heads, f) float32
-    f = np.asarray(features, np.float32)
-    if f.ndim != 3 or f.shape[:2] != shape:
-        raise ValueError(f"features of shape {f.shape} do not fit: {(*shape, 'f')} is needed, f numbers for each head")
+    try:
+        f = np.asarray(features, np.float32)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"features are no numbers of shape {(*shape, 'f')}: {e}") from None
+    if f.ndim != 3 or f.shape[:2] != shape or not f.size:
+        raise ValueError(f"features of shape {f.shape} do not fit: {(*shape, 'f')} is needed, f numbers for each head, 1 or more")
     if not np.isfinite(f).all():
         raise ValueError("features are not all finite: a head that is not there has features 0")
     return np.clip(f.reshape(-1, f.shape[2]), -10, 10)
 
+def _there(losses: Losses) -> np.ndarray:  # (layers, heads) bool
+    "The heads that there are: all, or those of the model that are not pruned."
+    there = losses.model.present_heads.cpu().numpy() if isinstance(losses, ModelLosses) else np.ones((losses.layers, losses.heads), bool)
+    if not there.any():
+        raise ValueError("the model has no head left: regrow one")
+    return there.copy()
+
 # %% ../../nbs/35_controller.environment.ipynb #0008
 def reset(self, *, seed=None, options=None):
-    "Begin with all heads, or with `options={'mask': (layers, heads)}`."
+    "Begin with all heads that are there, or with `options={'mask': (layers, heads)}`. What is refused leaves the episode as it was."
+    there, version, ends = _there(self.losses), self.losses.version, self.ends
+    mask = _mask(options, there)
+    if ends is None or version != self.measured:  # the whole model's loss, and that with everything pruned
+        ends = self.losses(np.stack([there, np.zeros(self.shape, bool)])).tolist()
+    loss = ends[0] if (mask == there).all() else float(self.losses(mask)[0])
+    value = self._value(mask, loss, there, ends)
     gymnasium.Env.reset(self, seed=seed)
-    if self.ends is None:  # the whole model's loss, and that with everything pruned
-        self.ends = self.losses(np.stack([np.ones(self.shape), np.zeros(self.shape)])).tolist()
-    self.mask = np.array((options or {}).get("mask", np.ones(self.shape)), bool)
-    self.steps = 0
-    self.loss = self.ends[0] if self.mask.all() else float(self.losses(self.mask)[0])
-    self.value = self._value()
+    self.there, self.measured, self.ends = there, version, ends
+    self.mask, self.loss, self.value, self.steps, self.over = mask, loss, value, 0, False
     return self._observation(), self._info()
 
-def step(self, action):
-    "Toggle a head or stop; the reward is the difference in worth."
-    if not self.action_space.contains(action):
-        raise ValueError(f"action={action!r} is not allowed: 0 to {self.action_space.n - 2} toggle a head, {self.action_space.n - 1} stops")
-    self.steps += 1
-    stops, before = action == self.action_space.n - 1, self.value
-    if not stops:
-        self.mask.flat[action] ^= True
-        self.loss = float(self.losses(self.mask)[0])
-        self.value = self._value()
-    return self._observation(), self.value - before, bool(stops), self.steps >= self.max_steps and not stops, self._info()
+def _mask(options, there: np.ndarray) -> np.ndarray:  # (layers, heads) bool
+    "The mask to begin with."
+    options = {} if options is None else options
+    if not isinstance(options, dict) or set(options) - {"mask"}:
+        raise ValueError(f"options={options!r} is not allowed: give {{'mask': 0 or 1 for each of {there.shape} heads}}, or nothing")
+    try:
+        mask = check_masks(np.array(options.get("mask", there))[None], *there.shape)[0].numpy()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"options['mask'] is not 0 or 1 for each of {there.shape} heads: {e}") from None
+    if (mask & ~there).any():
+        raise ValueError(f"options['mask'] has head {tuple(np.argwhere(mask & ~there)[0].tolist())}, which is not there: regrow it first")
+    return mask
 
 # %% ../../nbs/35_controller.environment.ipynb #0009
-def _value(self) -> float:
-    "The worth of the present mask."
-    return potential(self.worth, self.loss, float(self.mask.mean()), *self.ends)
+def step(self, action):
+    "Toggle a head or stop; the reward is the difference in worth. To toggle a head that is not there changes nothing and pays 0."
+    if not self.action_space.contains(action):
+        raise ValueError(f"action={action!r} is not allowed: 0 to {self.action_space.n - 2} toggle a head, {self.action_space.n - 1} stops")
+    if self.over:
+        raise ResetNeeded("no episode is going on: call env.reset() before env.step()")
+    stops, mask, loss, value = bool(action == self.action_space.n - 1), self.mask, self.loss, self.value
+    if not stops and self.there.flat[action]:
+        mask = mask.copy()
+        mask.flat[action] ^= True
+        loss = float(self.losses(mask)[0])
+        value = self._value(mask, loss, self.there, self.ends)
+    reward, cut = value - self.value, self.steps + 1 >= self.max_steps and not stops
+    self.mask, self.loss, self.value, self.steps, self.over = mask, loss, value, self.steps + 1, stops or cut
+    return self._observation(), reward, stops, cut, self._info()
+
+# %% ../../nbs/35_controller.environment.ipynb #0010
+def _value(self, mask, loss: float, there, ends) -> float:
+    "The worth of a mask."
+    return potential(self.worth, loss, float(mask.sum() / there.sum()), *ends)
 
 def _observation(self) -> np.ndarray:
-    whole = [self.loss - self.ends[0], self.mask.mean(), self.worth.budget, 1 - self.steps / self.max_steps]
+    whole = [self.loss - self.ends[0], self.mask.sum() / self.there.sum(), self.worth.budget, 1 - self.steps / self.max_steps]
     heads = np.concatenate([self.mask.reshape(-1, 1), self.features], 1)
     return np.clip(np.concatenate([heads.ravel(), whole]), -10, 10).astype(np.float32)
 
@@ -102,12 +135,16 @@ def _info(self) -> dict:
     return dict(loss=self.loss, kept=int(self.mask.sum()), mask=self.mask.copy(), worth=self.value, action_mask=self.action_masks())
 
 def action_masks(self) -> np.ndarray:  # (heads + 1,) bool
-    "Which actions are allowed: all but the one that would close the last head."
+    "Which actions are allowed: all but to toggle a head that is not there, or to close the last one."
+    if self.mask is None:
+        raise ResetNeeded("no episode has begun: call env.reset() before env.action_masks()")
     last = self.mask.sum() == 1
-    return np.append(~(self.mask.ravel() & last), True)
+    return np.append((self.there & ~(self.mask & last)).ravel(), True)
 
 def render(self):
     "The mask as text, a row a layer."
+    if self.mask is None:
+        raise ResetNeeded("no episode has begun: call env.reset() before env.render()")
     return "\n".join("".join("#." [not m] for m in row) for row in self.mask) if self.render_mode == "ansi" else None
 
 for f in (reset, step, _value, _observation, _info, action_masks, render):

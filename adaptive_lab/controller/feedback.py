@@ -7,6 +7,7 @@ __all__ = ['calculate_reward', 'finite', 'checked_factor', 'Worth', 'potential',
 
 # %% ../../nbs/34_controller.feedback.ipynb #0003
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from ..knobs import Knobs, knob
@@ -18,14 +19,16 @@ def calculate_reward(
     efficiency_factor: float,  # what having everything pruned is worth, in nats a byte; 0 or more
 ) -> float:  # in [-1, 1]
     "The reward as first described. Raises `ValueError` for metrics that are missing or not finite."
-    gained = _metric(previous_metrics, "previous_metrics", "loss") - _metric(current_metrics, "current_metrics", "loss")
+    before, now = _metric(previous_metrics, "previous_metrics", "loss"), _metric(current_metrics, "current_metrics", "loss")
     pruned = _metric(current_metrics, "current_metrics", "pruned_percentage")
     if not 0 <= pruned <= 100:
         raise ValueError(f"current_metrics['pruned_percentage']={pruned:g} is not allowed: a share in [0, 1], or a percentage up to 100")
-    return math.tanh(gained + pruned * checked_factor(efficiency_factor))
+    return math.tanh(4 * (before / 4 - now / 4 + pruned * (checked_factor(efficiency_factor) / 4)))  # quarters: no ∞ − ∞
 
 def _metric(metrics: dict, where: str, name: str) -> float:
     "A finite metric."
+    if not isinstance(metrics, Mapping):
+        raise ValueError(f"{where}={metrics!r} is not allowed: give a dict with {name!r}")
     if name not in metrics:
         raise ValueError(f"{where} has no {name!r}: it has {', '.join(map(repr, metrics)) or 'nothing'}")
     return finite(metrics[name], f"{where}[{name!r}]")
@@ -34,9 +37,13 @@ def _metric(metrics: dict, where: str, name: str) -> float:
 def finite(value, what: str) -> float:
     "The value as a float. Raises `ValueError`, which names it, if it is NaN, infinite or no number."
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{what}={value!r} is not a number") from None
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{what}={number} is not finite: look for a diverged model or an empty batch; nothing was changed")
     return number
