@@ -43,6 +43,8 @@ class ConsolidatingAdam(GatedAdam):
     watched: Coincidence | None = None
     novelty: Novelty | None = None
     every: int = 10
+    copies = ("average",)  # what is kept of a parameter in its own units: surgery grafts rows of weights into it, not zeros
+    swapped = False  # do the parameters hold their slow weights now?
 
     def attach(self, model: nn.Module, every: int = 10):
         """Watch the layers of a model, one step in `every`, while `coincidence` or `detect` is on; what was watched before is forgotten.
@@ -138,14 +140,16 @@ ConsolidatingAdam._look, ConsolidatingAdam._follow = _look, _follow
 @contextmanager
 def slow_weights(self):
     "Inside, the parameters hold their slow weights, where there are some."
-    pairs = [(p, s["average"]) for p, s in self.state.items() if "average" in s]
+    pairs, before = [(p, s["average"]) for p, s in self.state.items() if "average" in s], self.swapped
     own = [p.detach().clone() for p, _ in pairs]
+    self.swapped = True
     with torch.no_grad():
         for p, average in pairs:
             p.copy_(average)
     try:
         yield
     finally:
+        self.swapped = before
         with torch.no_grad():
             for (p, _), q in zip(pairs, own):
                 p.copy_(q)

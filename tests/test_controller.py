@@ -1,14 +1,19 @@
 "The controller as a newcomer's carelessness meets it: undo, thumbs, diverged models, and states that are not whole."
 import copy
+import io
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from adaptive_lab.controller import AdaptiveTransformer, EnhancedController
 from adaptive_lab.controller.adaptation import Adaptation, Adapter
+from adaptive_lab.controller.controlled_adam import Controlled, ControlledAdam
 from adaptive_lab.controller.forward_steps import put
 from adaptive_lab.controller.model import Gates
 from adaptive_lab.controller.thumbs import Thumbs
+from adaptive_lab.plasticity import SelectivePlasticityOptimizer
+from adaptive_lab.training import train
 
 X, Y = (torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(i)) for i in (0, 1))
 
@@ -185,3 +190,147 @@ def test_a_thumb_for_gates_that_are_none_is_refused(model):
 def test_what_is_no_bytes_is_refused(model, x):
     with pytest.raises(ValueError, match="x "):
         model(x)
+
+
+def loss_on(m, pair):
+    with torch.no_grad():
+        return F.cross_entropy(m(pair[0]).flatten(0, 1), pair[1].flatten()).item()
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
+def test_a_graph_that_is_still_alive_does_not_mind_the_next_step(model, make):
+    m = model
+    o = make(m.parameters(), 1e-3)
+    for i in range(6):
+        loss = F.cross_entropy(m(X).flatten(0, 1), Y.flatten())  # the last one's graph is alive meanwhile
+        o.zero_grad()
+        loss.backward()
+        o.step()
+        if i == 1:
+            m.set_gate(0, 1, 0)
+            m.prune(o)
+        if i == 3:
+            m.regrow(0, 1, optimizer=o)
+    assert all(p.grad.shape == p.shape for p in m.parameters())
+
+
+@pytest.mark.parametrize("knobs", [dict(), dict(fused=True), dict(foreach=True)])
+def test_an_optimizer_that_was_not_told_of_surgery_does_not_step(model, knobs):
+    m = model
+    o = torch.optim.AdamW(m.parameters(), 1e-3, **knobs)
+    learn = lambda: (o.zero_grad(), F.cross_entropy(m(X).flatten(0, 1), Y.flatten()).backward(), o.step())
+    learn()
+    m.set_gate(0, 1, 0)
+    m.prune()
+    before = {n: p.clone() for n, p in m.named_parameters()}
+    with pytest.raises(ValueError, match="give the optimizer to prune"):
+        learn()
+    assert all(torch.equal(p, before[n]) for n, p in m.named_parameters())
+
+
+def test_slow_weights_of_what_was_regrown_are_its_weights(model):
+    m = model
+    o = SelectivePlasticityOptimizer(m.named_parameters(), lr=3e-3, plasticity_k=0, slow=0.02)
+    for _ in train(m, o, [(X, Y)] * 20, steps=20):
+        pass
+    m.set_gate(0, 1, 0)
+    m.prune(o)
+    rows = m.removed[0, 1]["out"].clone()
+    m.regrow(0, 1, optimizer=o)
+    with o.slow_weights():
+        assert torch.equal(m.blocks[0].attention.out[1:2], rows) and rows.abs().max() > 0
+        m.set_gate(0, 1, 0)
+        with pytest.raises(ValueError, match="slow weights"):
+            m.prune(o)
+        assert m.is_present(0, 1)
+    assert not o.swapped
+
+
+def test_reading_and_regrowing_draw_no_random_number_and_dropout_can_be_given(model):
+    m = model
+    m.set_gate(0, 1, 0)
+    m.prune()
+    state, before = m.state_dict(), torch.get_rng_state()
+    m.load_state_dict(state)
+    assert AdaptiveTransformer.from_state(state, dropout=0.3).blocks[0].dropout.p == 0.3
+    m.regrow(0, 1, fresh=True)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_a_decision_says_is_the_loss_of_the_model_with_its_own_gates(model):
+    m = model
+    for head in range(4):
+        m.set_gate(0, head, 0.2)
+    c = EnhancedController(2, 4, efficiency_factor=1.0)
+    for step in range(6):
+        d = c.decide(m, X, Y, step)
+        assert d.loss == pytest.approx(loss_on(m, (X, Y)), abs=1e-5)
+    assert any(d.kind == "prune" for d in c.decisions)
+
+
+def test_heads_of_a_closed_layer_are_closed_and_left_alone(model):
+    m = model
+    m.set_gate(1, "layer", 0)
+    c = EnhancedController(2, 4, efficiency_factor=1.0, budget=0.25, candidates=64)
+    made = [c.decide(m, X, Y, i) for i in range(4)]
+    assert max(d.kept for d in made) <= 4 and all(change[0] == 0 for d in made for change in d.changes)
+
+
+def test_a_state_that_does_not_fit_changes_nothing(model):
+    m = model
+    other = EnhancedController(3, 4)
+    c = EnhancedController(2, 4, budget=0.25, algorithm="ppo", rollout=1)
+    c.decide(m, X, Y)
+    good = c.state_dict()
+    for state in (good, {**other.state_dict(), "_extra_state": {}}, {k: v for k, v in other.state_dict().items() if k != "_extra_state"}):
+        before = io.BytesIO()
+        torch.save(other.state_dict(), before)
+        with pytest.raises(ValueError, match="nothing was changed"):
+            other.load_state_dict(state)
+        after = io.BytesIO()
+        torch.save(other.state_dict(), after)
+        assert before.getvalue() == after.getvalue()
+    again = EnhancedController(2, 4)
+    again.load_state_dict(good)
+    assert again.knobs == c.knobs and again.stream.timing is again.knobs
+    held = lambda c: [t.data_ptr() for s in c.optimizer.state.values() for t in s.values()]
+    assert held(c) and not set(held(c)) & set(held(again))
+
+
+def test_a_decision_is_the_same_without_gradients_and_in_autocast(model):
+    seen = []
+    for way in (torch.enable_grad(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        c, m = EnhancedController(2, 4, rollout=1), copy.deepcopy(model)
+        with way:
+            d = c.decide(m, X, Y)
+        seen.append((d, [p.tolist() for p in c.policy.parameters()]))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_what_was_taken_back_is_nothing_to_like(model):
+    m = model
+    c = EnhancedController(2, 4, efficiency_factor=1.0)
+    while c.last_change() is None:
+        c.decide(m, X, Y)
+    c.thumb(m, False)
+    for up in (True, False):
+        with pytest.raises(ValueError, match="taken back"):
+            c.thumb(m, up)
+
+
+def test_controlled_adam_takes_no_state_of_plain_adam_and_is_not_deaf(model):
+    m = model
+    o = Controlled(m, ControlledAdam(every=2), (X, Y))
+    with pytest.raises(ValueError, match="no loss was heard"):
+        o.step()
+    for _ in train(m, o, [(X, Y)] * 4, steps=4, loss=o.loss):
+        pass
+    before = copy.deepcopy(o.state_dict())
+    plain = torch.optim.Adam(m.parameters(), 0.5)
+    wrong = copy.deepcopy(before)
+    wrong["state"][2]["exp_avg"] = torch.zeros(3)
+    for state, said in ((plain.state_dict(), "plain Adam"), (wrong, "another pruning"), ({**before, "param_groups": []}, "param")):
+        with pytest.raises(ValueError, match=said):
+            o.load_state_dict(state)
+        assert str(o.state_dict()) == str(before)
+    o.load_state_dict(before)

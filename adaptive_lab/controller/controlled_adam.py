@@ -6,6 +6,8 @@
 __all__ = ['ControlledAdam', 'Controlled', 'step', 'state_dict', 'load_state_dict', 'controlled_adam', 'needs']
 
 # %% ../../nbs/39_controller.controlled_adam.ipynb #0003
+import copy
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ class Controlled(torch.optim.Adam):
         super().__init__(model.parameters(), knobs.lr)
         own = {k.name: getattr(knobs, k.name) for k in walk(Control)}
         self.controller = EnhancedController(model.num_layers, model.num_heads, knobs.controller_seed, **own)
-        self.model, self.validation, self._heard, self._thumbs = model, validation, 0.0, [0, 0]
+        self.model, self.validation, self._heard, self._thumbs = model, validation, None, [0, 0]
         self.param_groups[0].update({k.name: getattr(knobs, k.name) for k in walk(ControlledAdam) if k.live})
 
     def loss(self, model, batch) -> Tensor:
@@ -48,16 +50,18 @@ class Controlled(torch.optim.Adam):
 # %% ../../nbs/39_controller.controlled_adam.ipynb #0009
 def step(self, closure=None):
     "Adam's step; then thumbs are heard, and the controller decides where it is due."
+    if self._heard is None and closure is None:
+        raise ValueError("no loss was heard, and so the controller would be deaf: train(..., loss=optimizer.loss), or a closure; nothing was stepped")
     value = torch.optim.Adam.step(self, closure)
+    heard, self._heard = value if self._heard is None else self._heard, None
     group, c = self.param_groups[0], self.controller
     for k in walk(Control):
         if k.live and getattr(c.knobs, k.name) != group[k.name]:
             setattr(c.knobs, k.name, group[k.name])
     self._hear_thumbs(group)
-    if c.stream.feed(float(self._heard)) and group["active"]:
-        X, y = self.validation
-        device = next(self.model.parameters()).device
-        c.decide(self.model, X.to(device), y.to(device), self._index(), self)
+    if c.stream.feed(float(heard)) and group["active"]:
+        X, y = (t.to(next(self.model.parameters()).device) for t in self.validation)
+        c.decide(self.model, X, y, self._index(), self)
     return value
 
 def _index(self) -> int:
@@ -65,30 +69,49 @@ def _index(self) -> int:
     return int(max((s["step"].item() for s in self.state.values() if "step" in s), default=0))
 
 def _hear_thumbs(self, group: dict):
-    "What a person thinks of the last change, as often as the counts have risen; before the first change there is nothing to think of."
+    "What a person thinks of the last change, as often as the counts have risen; where none stands there is nothing to think of."
     for i, name in enumerate(("thumbs_up", "thumbs_down")):
         while self._thumbs[i] < group[name]:
             self._thumbs[i] += 1
-            if any(d.kind in ("prune", "regrow") for d in self.controller.decisions):
+            if self.controller.last_change():
                 self.controller.thumb(self.model, i == 0, self._index(), self)
         self._thumbs[i] = group[name]
 
 Controlled.step, Controlled._index, Controlled._hear_thumbs = step, _index, _hear_thumbs
 
 # %% ../../nbs/39_controller.controlled_adam.ipynb #0010
+def _check_state(self, state: dict):
+    "Raise `ValueError` unless it is of this optimizer, and of a model of the same structure."
+    if missing := {"state", "param_groups", "controller", "thumbs"} - set(state):
+        raise ValueError(f"the state has no {', '.join(sorted(missing))}: give what state_dict() of this optimizer returned, not that of plain Adam")
+    own = [p for group in self.param_groups for p in group["params"]]
+    for i, p in zip((i for group in state["param_groups"] for i in group["params"]), own):
+        for name, t in state["state"].get(i, {}).items():
+            if torch.is_tensor(t) and t.ndim and t.shape != p.shape:
+                raise ValueError(f"the state has {name} of shape {tuple(t.shape)} for a parameter of {tuple(p.shape)}: it is of another pruning")
+
+Controlled._check_state = _check_state
+
+# %% ../../nbs/39_controller.controlled_adam.ipynb #0011
 def state_dict(self) -> dict:
     "Adam's state and the controller's."
     return {**torch.optim.Adam.state_dict(self), "controller": dict(self.controller.state_dict()), "thumbs": list(self._thumbs)}
 
 def load_state_dict(self, state: dict):
-    "Go on as the one that was saved."
-    torch.optim.Adam.load_state_dict(self, {k: v for k, v in state.items() if k in ("state", "param_groups")})
+    "Go on as the one that was saved. Raises `ValueError` for a state that does not fit, and then nothing has changed."
+    self._check_state(state)
+    before = self.controller.state_dict()
     self.controller.load_state_dict(state["controller"])
+    try:
+        torch.optim.Adam.load_state_dict(self, copy.deepcopy({k: state[k] for k in ("state", "param_groups")}))
+    except Exception:
+        self.controller.load_state_dict(before)
+        raise
     self._thumbs = list(state["thumbs"])
 
 Controlled.state_dict, Controlled.load_state_dict = state_dict, load_state_dict
 
-# %% ../../nbs/39_controller.controlled_adam.ipynb #0011
+# %% ../../nbs/39_controller.controlled_adam.ipynb #0012
 @part("optimizer", "controlled_adam", ControlledAdam)
 def controlled_adam(knobs: ControlledAdam, model, validation=None) -> Controlled:
     "Adam with a controller. Raises `ValueError` without validation data."

@@ -26,14 +26,15 @@ def check_masks(masks, layers: int, heads: int) -> Tensor:  # (n, layers, heads)
 
 # %% ../../nbs/33_controller.masks.ipynb #0007
 def contributions(model: AdaptiveTransformer, layer: int, h: Tensor) -> Tensor:  # h (batch, T, dim) -> (heads, batch, T, dim)
-    "What each head adds to the stream, heads that are not there adding 0."
+    "What each head adds to the stream at its own gate, at 1 where that is closed; heads that are not there add 0."
     block = model.blocks[layer]
     a = block.attention
     c = h.new_zeros(model.num_heads, *h.shape)
     if a.out.shape[0]:
         q, k, v = a.project(block.norm1(h))
         z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads there, T, head_dim)
-        c[model.present_heads[layer]] = torch.einsum("bhtd,hde->hbte", z, a.out)
+        there, own = model.present_heads[layer], model.gate_heads[layer]
+        c[there] = torch.einsum("bhtd,hde->hbte", z, a.out) * torch.where(own > 0, own, 1.0)[there, None, None, None]
     return c * model.gate_layers[layer]
 
 def after(model: AdaptiveTransformer, layer: int, h: Tensor, c: Tensor, rows: Tensor) -> Tensor:  # rows (n, heads) -> (n, batch, T, dim)
@@ -77,7 +78,7 @@ def losses_of(
     masks,  # (n, layers, heads) bool
     tell=lambda n: None,  # called with the number of masks just done
 ) -> np.ndarray:  # (n,) float64
-    "Held-out loss of the model with only the heads of each mask (other gates as they are), nats a byte. Raises `ValueError`."
+    "Held-out loss of the model with only the heads of each mask, at their own gates or at 1 if closed (other gates as they are), nats a byte. Raises `ValueError`."
     if X.numel() == 0 or X.shape != y.shape:
         raise ValueError(f"X of shape {tuple(X.shape)} and y of shape {tuple(y.shape)}: validation data are needed, as many next bytes as bytes")
     masks = check_masks(masks, model.num_layers, model.num_heads).numpy()
@@ -110,6 +111,8 @@ def all_losses(model, X: Tensor, y: Tensor, tell=lambda n: None) -> np.ndarray: 
 class Losses:
     "Answers `(n, layers, heads)` masks with their losses and counts the masks asked for; subclasses define `_answer`."
 
+    version = ()  # another one when what answers has changed
+
     def __init__(self, layers: int, heads: int):
         self.layers, self.heads, self.asked = layers, heads, 0
         self.seen: list[tuple[np.ndarray, float]] = []  # every mask asked for, and its loss
@@ -131,6 +134,10 @@ class ModelLosses(Losses):
 
     def _answer(self, masks):
         return losses_of(self.model, self.X, self.y, masks)
+
+    @property
+    def version(self) -> tuple:
+        return tuple((t.data_ptr(), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
 
 class TableLosses(Losses):
     "Losses looked up in a table of all masks."

@@ -258,7 +258,8 @@ def _open_behind(self, layer: int, parts: list):
 
 def _fresh(self, layer: int, head: int | str, seed: int) -> dict[str, Tensor]:
     "New weights for a part, as those of a new model."
-    one = Block(self.dim, 1, self.hidden, head_dim=self.dim // self.num_heads)
+    with torch.device("meta"):  # shapes alone: no number is drawn
+        one = Block(self.dim, 1, self.hidden, head_dim=self.dim // self.num_heads)
     own = (seed * self.num_layers + layer) * (self.num_heads + 1) + (self.num_heads if head == "ffn" else head)  # no two parts alike
     g, write = torch.Generator().manual_seed(own), (2 * self.num_layers) ** -0.5
     draw = lambda like, std: torch.randn(like.shape, generator=g) * std
@@ -350,9 +351,10 @@ def _no_state(e: Exception) -> ValueError:
     return ValueError(f"this is no state of an AdaptiveTransformer ({said}): give what its state_dict() returned")
 
 # %% ../../nbs/32_controller.model.ipynb #0037
-def from_state(cls, state: dict[str, Tensor]) -> "AdaptiveTransformer":
-    "A model with this state, pruned as it is. Raises `ValueError` when it is no state of an adaptive transformer."
-    return cls(**_sizes_in(state)).restructure(state)
+def from_state(cls, state: dict[str, Tensor], dropout: float = 0.0) -> "AdaptiveTransformer":
+    "A model with this state (which knows no dropout), pruned as it is. Raises `ValueError` when it is no state of an adaptive transformer."
+    with torch.random.fork_rng(devices=[]):  # reading draws no random number
+        return cls(**_sizes_in(state), dropout=dropout).restructure(state)
 
 def restructure(self, state: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> "AdaptiveTransformer":
     "Remove and regrow parts until this model has the structure of the state, then load it; for an optimizer likewise. Raises `ValueError`, then nothing changes."

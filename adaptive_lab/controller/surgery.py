@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 # %% ../../nbs/31_controller.surgery.ipynb #0005
 class Place(NamedTuple):
@@ -23,7 +25,26 @@ def rows_of(place: Place) -> Tensor:
     "A copy of what is there."
     return place.parameter.data.narrow(place.axis, place.rows.start, len(place.rows)).clone()
 
-# %% ../../nbs/31_controller.surgery.ipynb #0006
+# %% ../../nbs/31_controller.surgery.ipynb #0007
+_operated = WeakIdKeyDictionary()  # parameters
+
+def _watch(p: nn.Parameter):
+    "From now on no optimizer steps with averages of this parameter that do not fit it."
+    if not _operated:
+        global _hook
+        _hook = _hook or register_optimizer_step_pre_hook(_check_fit)
+    _operated[p] = True
+
+_hook = None
+
+def _check_fit(optimizer, args, kwargs):
+    for p in list(_operated):
+        for name, t in optimizer.state.get(p, {}).items():
+            if torch.is_tensor(t) and t.ndim == p.ndim and any(n not in (1, m) for n, m in zip(t.shape, p.shape)):
+                raise ValueError(f"the optimizer keeps {name} of shape {tuple(t.shape)} for a parameter that is now {tuple(p.shape)}: "
+                                 "give the optimizer to prune, regrow, undo or decide, so that it is cut, too. Nothing was stepped")
+
+# %% ../../nbs/31_controller.surgery.ipynb #0008
 def cut(place: Place, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
     "Take the rows out of the parameter and of all that the optimizer keeps of it; returns them. A gradient is dropped."
     out = rows_of(place)
@@ -35,15 +56,20 @@ def _from(t: Tensor, axis: int, start: int) -> Tensor:
     return t.narrow(axis, start, t.shape[axis] - start)
 
 def _change(place, data, kept, optimizer):
-    "Replace the data of a parameter by `data(...)` of it, and what the optimizer keeps along the same axis by `kept(...)`."
+    "Replace the data of a parameter by `data(...)` of it, copies of it likewise, and the optimizer's averages by `kept(...)` of them."
+    if getattr(optimizer, "swapped", False):
+        raise ValueError("the parameters hold their slow weights now, and others wait to come back: leave slow_weights() first; nothing was changed")
     p, state = place.parameter, (optimizer.state.get(place.parameter, {}) if optimizer is not None else {})
-    dims, rows = p.ndim, p.shape[place.axis]
-    p.data, p.grad = data(p.data), None
+    dims, rows, new = p.ndim, p.shape[place.axis], data(p.data)
+    p.data, p.grad = new.new_empty(0, dtype=torch.float16 if p.dtype != torch.float16 else torch.float32), None
+    p.data = new  # by way of another dtype: else the next graph takes over a node, with the old shape, from one that is still alive
+    copies = {"ax", *getattr(optimizer, "copies", ())}  # ax: of torch's ASGD
     for name, value in state.items():  # averages of the same shape, or, as in Adafactor, of size 1 along the other axes
         if torch.is_tensor(value) and value.ndim == dims and value.shape[place.axis] == rows:
-            state[name] = kept(value)
+            state[name] = (data if name in copies else kept)(value)
+    _watch(p)
 
-# %% ../../nbs/31_controller.surgery.ipynb #0011
+# %% ../../nbs/31_controller.surgery.ipynb #0015
 def graft(place: Place, rows: Tensor, optimizer: torch.optim.Optimizer | None = None):
     "Insert rows at `place` (its rows are the new ones' numbers). Raises `ValueError` when their shape does not fit."
     p, axis, start = place.parameter, place.axis, place.rows.start
