@@ -16,7 +16,7 @@ from adaptive_lab.gatewatch import SHARES, Watch
 from adaptive_lab.knobs import KnobError, Knobs, knob
 from adaptive_lab.live import Live
 from adaptive_lab.panels import gateviews
-from adaptive_lab.panels.controller import ControllerPanel, opened, pruned
+from adaptive_lab.panels.controller import ControllerPanel, opened, pruned, regrown
 from adaptive_lab.panels.gategrid import rows_of
 from adaptive_lab.panels.training import TrainingPanel
 from adaptive_lab.parts import part
@@ -423,3 +423,36 @@ def test_the_front_by_hand_is_that_of_the_last_steps():
     live.run.position = dict(step=900)
     assert "3 seen, 2 on the front; now 7 heads and loss 2.200" in gateviews.front_view(watch)
     assert pruned(opened({(0, 0): 0.4, (0, "ffn"): 1.0, (0, "layer"): 1.0}) | {(0, 0): 0.0})[0, 0] is None
+
+
+def test_a_run_that_is_over_takes_no_gate():
+    p = ControllerPanel(recipe(**{"run.steps": 3}))
+    p.live.start()
+    p.live.wait()
+    ask(p, (0, 1, 0.25))
+    assert not p.run.waiting and "Reset starts it anew" in p.status.value and gates_of(p.run.model)[0, 1] == 1.0
+    assert p._shown[0, 1] == 1.0
+
+
+def test_an_edit_that_was_taken_back_does_not_wait():
+    p = ControllerPanel(recipe())
+    ask(p, (0, 1, 0.25))
+    assert "0.1=0.25 waits" in p.status.value
+    p.buttons["Undo"].click()
+    p.draw()
+    assert "waits" not in p.status.value
+
+
+def test_a_layer_comes_back_as_the_model_brings_it_back():
+    m = AdaptiveTransformer(2, 2, 16, 16)
+    edit(m, "0.layer=0")
+    m.prune()
+    then = regrown(gates_of(m), (0, "layer"))
+    edit(m, edit_between(gates_of(m), then))
+    assert gates_of(m) == then and then[0, "layer"] == 0 and then[0, 0] == 1
+
+
+def test_a_thumb_for_an_optimizer_that_cannot_hear_is_said():
+    p = ControllerPanel(recipe())
+    p.thumbs["Good"].click()
+    assert "controlled_adam" in p.status.value

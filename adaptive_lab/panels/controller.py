@@ -22,8 +22,10 @@ from .training import WRAP, TrainingPanel
 from ..sampling import Sampling
 
 # %% ../../nbs/91_panels.controller.ipynb #0005
-def put(run, wanted) -> tuple[dict, dict]:
+def put(run, wanted, state: str = "running") -> tuple[dict, dict]:  # state: of a `Live`
     "Ask the run for other gates, `wanted(gates)`; gives those before and those wanted. Call it between two steps. Raises `ValueError`."
+    if state in ("stopped", "failed", "finished"):
+        raise ValueError(f"this run is {state}, and no step will change its gates: Reset starts it anew")
     now, waiting = gates_of(run.model), run.waiting.get("model.edit", "")
     before = after(now, waiting) if waiting else now
     then = wanted(before)
@@ -48,7 +50,7 @@ def regrown(gates: dict, part: tuple | None) -> dict:
     gone = [p for p, v in gates.items() if v is None and p[1] != "layer" and (part is None or part in (p, (p[0], "layer")))]
     if not gone:
         raise ValueError("nothing is removed" if part is None else f"the {part_name(*part)} is there: choose one that was removed, which is drawn dashed")
-    return after(gates, " ".join(f"+{i}.{h}" for i, h in gone))
+    return after(gates, f"+{part[0]}.layer" if part and part[1] == "layer" else " ".join(f"+{i}.{h}" for i, h in gone))
 
 def opened(gates: dict) -> dict:
     "With every gate of what is there at 1."
@@ -152,7 +154,7 @@ def _wished(self):
 def _send(self, wanted, turn: int | None = None, gesture=None):
     "Carry it out between two steps; `_sent` is called at the end."
     self._sending = True
-    future = self.live.between(lambda run: put(run, wanted))
+    future = self.live.between(lambda run: put(run, wanted, self.live.state))
     future.add_done_callback(lambda f: self._at_home(self._sent, f, turn, gesture))
 
 def _sent(self, future, turn, gesture):
@@ -197,7 +199,8 @@ def undo(self):
 
 def thumb(self, name: str):
     "A person's opinion, which is on the tape as a knob is."
-    self._do(lambda: self.live.change({f"optimizer.{name}": self.live.settings()[f"optimizer.{name}"] + 1}))
+    now = self.live.settings().get(f"optimizer.{name}")
+    self._do(lambda: self.live.change({f"optimizer.{name}": now + 1})) if now is not None else self._say(self.thumbs["Good"].tooltip)
 
 # %% ../../nbs/91_panels.controller.ipynb #0017
 def _turned(self, address, value):

@@ -255,7 +255,7 @@ def _say(self, text: str = ""):
     if live.state == "running" and live.speed:
         speed = min(live.speed, live.pace or live.speed)
         parts += [f"{speed:.0f} steps/s", f"{max(0, run.recipe['run.steps'] - run.index) / speed:.0f} s left"]
-    parts += [f"{escape(a.split('.')[1])} = {v:.4g} from the next step on" if isinstance(v, float) else f"{escape(a)} = {escape(str(v))} waits" for a, v in run.waiting.items()]
+    parts += [f"{escape(a.split('.')[1])} = {v:.4g} from the next step on" if isinstance(v, float) else f"{escape(a)} = {escape(str(v))} waits" for a, v in run.waiting.items() if v != ""]
     text = self._message or (f"{type(live.error).__name__}: {live.error}" if live.error else "")
     self.status.value = " · ".join(parts) + (f'<br><span role="alert" style="color:#d55e00">{escape(text)}</span>' if text else "")
 
