@@ -243,11 +243,8 @@ def test(args):
         sys.exit("No browser: with CI set the browser tests must run. Install Chromium or Chrome, or name one in ADAPTIVE_LAB_BROWSER.")
     if not browser:
         print("No browser was found or could be brought: the browser tests are skipped. Install Chromium or Chrome, or name one in ADAPTIVE_LAB_BROWSER.")
-    more = {"ADAPTIVE_LAB_BROWSER": browser} if browser else {}
-    if any((ROOT / a.split("::")[0]).exists() for a in args):
-        return python("-m", "pytest", "-ra", *args, **more)
-    more["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")  # two processes of many threads each would wait for one another
-    return python("-m", "pytest", "-ra", "-n", "2", "--dist", "loadgroup", "tests", *args, **more)
+    where = [] if any((ROOT / a.split("::")[0]).exists() for a in args) else ["tests"]
+    return python("-m", "pytest", "-ra", *where, *args, **({"ADAPTIVE_LAB_BROWSER": browser} if browser else {}))
 
 
 def check(args):

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, each in a kernel of its own.
+"""Every notebook runs from top to bottom, two at a time, each in a kernel of its own.
 
 Cells marked `#| eval: false`, or by a flag of `tst_flags` in settings.ini (notest, slow), are left out; name flags in
 ADAPTIVE_LAB_FLAGS to run them all the same: ADAPTIVE_LAB_FLAGS=slow make test. The workbench is run by the browser tests.
@@ -7,6 +7,7 @@ A kept output is a claim too. Where it must come out the same on any machine (se
 """
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if p.name != "workbench.ipynb" and ".ipynb_checkpoints" not in p.parts]
-A_CELL = 300  # seconds
+AT_ONCE, A_CELL = 2, 300  # notebooks, seconds
 # Notebooks whose texts depend on no processor, no library's version and no file of the system: whole numbers, messages, short floats.
 SAME = set("00_knobs 01_parts 02_data.streams 03_data.files 04_data.tables 06_data.digits 11_durable 14_store".split())
 
@@ -48,7 +49,7 @@ def run(path, home):
     flags = left_out()
     nb.cells = [c for c in nb.cells if is_run(c, flags)]
     kept = [shown(c) for c in nb.cells]
-    # One thread a kernel, as other tests run beside it; IPython's files in a folder of their own, so that no user's start-up script runs.
+    # One thread a kernel, as two run at once; IPython's files in a folder of their own, so that no user's start-up script runs.
     env = {**os.environ, "IPYTHONDIR": str(home), "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     quiet = ["--IPKernelApp.log_level=40"]  # else each kernel warns that it listens on a local port
     client = NotebookClient(nb, timeout=A_CELL, kernel_name="python3", extra_arguments=quiet, resources={"metadata": {"path": str(path.parent)}})
@@ -60,9 +61,18 @@ def run(path, home):
     return "", "\n\n".join(changed)
 
 
+@pytest.fixture(scope="session")
+def running(request, tmp_path_factory):
+    "The notebooks chosen in this session, all started, as futures by path."
+    chosen = [i.callspec.params["path"] for i in request.session.items if i.originalname == "test_notebook_runs"]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {p: pool.submit(run, p, tmp_path_factory.mktemp("ipython")) for p in chosen}
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
-def test_notebook_runs(path, tmp_path):
-    error, changed = run(path, tmp_path)
+def test_notebook_runs(path, running):
+    error, changed = running[path].result()
     if error:
         pytest.fail(error, pytrace=False)
     if changed and path.stem in SAME:
