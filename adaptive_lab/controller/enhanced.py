@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .costs import open_parts
 from .feedback import MovingAverage, Stream, Timing, Worth, finite, potential
 from .forward_steps import check_text
-from .head_policy import SEEN, Policy, open_heads, see
+from .head_policy import SEEN, Policy, see
 from .masks import losses_of
 from .model import AdaptiveTransformer
 from .policy_gradient import discounted, entropy, gae, log_prob, masked, normalised, ppo_loss, reinforce_loss, value_loss
@@ -96,7 +97,7 @@ class EnhancedController(nn.Module):
 # %% ../../nbs/37_controller.enhanced.ipynb #0011
 def allowed(self, model: AdaptiveTransformer) -> Tensor:  # (n + 1,) bool
     "Which actions may be taken: any head of an open layer but the last one that is open, none below the budget, and always to keep."
-    open_ = open_heads(model).flatten()
+    open_ = open_parts(model).heads.flatten()
     room = int(open_.sum()) - 1 >= max(1, round(self.knobs.budget * len(open_)))
     reached = (model.gate_layers > 0).repeat_interleave(self.num_heads)
     return torch.cat([reached & (~open_ | room), torch.ones(1, dtype=torch.bool)])
@@ -210,7 +211,7 @@ def _try(self, model, X, y, tried: Tensor) -> list[float]:
     model = copy.deepcopy(model) if back else model
     for where in back:
         _bring_back(model, *where)
-    own = open_heads(model)
+    own = open_parts(model).heads
     masks = [own, model.present_heads.clone(), torch.zeros_like(own), *(_toggled(own, int(a)) for a in tried)]
     return [finite(loss, "held-out loss") for loss in losses_of(model, X, y, torch.stack(masks)).tolist()]
 
@@ -230,7 +231,7 @@ EnhancedController._try = _try
 # %% ../../nbs/37_controller.enhanced.ipynb #0021
 def _worths(self, model, tried: Tensor, losses: list[float]) -> list[float]:
     "The worth of each state that was measured."
-    n, open_ = self.num_layers * self.num_heads, open_heads(model).flatten()
+    n, open_ = self.num_layers * self.num_heads, open_parts(model).heads.flatten()
     now = int(open_.sum())
     kept = [now, n, 0] + [now if a == n else now + (-1 if open_[a] else 1) for a in tried.tolist()]
     for k, loss in zip([now, *kept[3:]], [losses[0], *losses[3:]]):
@@ -262,7 +263,7 @@ def _carry_out(self, model, action, reward, loss, step, optimizer) -> Decision:
         model.set_gate(layer, head, value)
         self.effects[layer, head] = torch.tensor([reward, 1.0])
     self._remove(model, optimizer)
-    return self._note(Decision(step, kind, changes, reward, loss, int(open_heads(model).sum()), model.gate_heads.tolist(), before))
+    return self._note(Decision(step, kind, changes, reward, loss, int(open_parts(model).heads.sum()), model.gate_heads.tolist(), before))
 
 EnhancedController._compare, EnhancedController._carry_out = _compare, _carry_out
 
@@ -298,7 +299,7 @@ EnhancedController.follow = follow
 def _listen(self, step, X: Tensor, y: Tensor) -> Decision:
     "Reward the last action by the stream of training losses since, then take the next; held-out bytes only show the heads."
     model, now = step.model, self.stream.average.value
-    kept = float(open_heads(model).float().mean())
+    kept = float(open_parts(model).heads.float().mean())
     if self._pending and self._pending[-1]["reward"] is None:
         heard, was = self._heard
         self.update_policy(float(np.tanh(heard - now + self.knobs.efficiency_factor * (was - kept))))
@@ -334,7 +335,7 @@ def thumb(self, model: AdaptiveTransformer, up: bool, step: int = 0, optimizer=N
             undo += ((layer, head, was),)
             model.set_gate(layer, head, was)
     self._compare_one(last, 1.0 if up else -1.0)
-    return self._note(Decision(step, "thumb", undo, 1.0 if up else -1.0, last.loss, int(open_heads(model).sum()), model.gate_heads.tolist()))
+    return self._note(Decision(step, "thumb", undo, 1.0 if up else -1.0, last.loss, int(open_parts(model).heads.sum()), model.gate_heads.tolist()))
 
 @torch.enable_grad()
 def _compare_one(self, decision: Decision, reward: float):

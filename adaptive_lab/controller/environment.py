@@ -72,10 +72,9 @@ def _features(features, shape) -> np.ndarray:  # (heads, f) float32
 
 def _there(losses: Losses) -> np.ndarray:  # (layers, heads) bool
     "The heads that there are: all, or those of the model that are not pruned."
-    there = losses.model.present_heads.cpu().numpy() if isinstance(losses, ModelLosses) else np.ones((losses.layers, losses.heads), bool)
-    if not there.any():
+    if not (there := losses.present).any():
         raise ValueError("the model has no head left: regrow one")
-    return there.copy()
+    return there
 
 # %% ../../nbs/35_controller.environment.ipynb #0008
 def reset(self, *, seed=None, options=None):

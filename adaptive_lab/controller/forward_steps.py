@@ -8,7 +8,6 @@ __all__ = ['Movable', 'check_gates', 'put', 'Passes', 'check_text', 'log_likelih
 
 # %% ../../nbs/36_controller.forward_steps.ipynb #0003
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .model import AdaptiveTransformer, Gates
+from ..sampling import at_rest
 
 # %% ../../nbs/36_controller.forward_steps.ipynb #0006
 class Movable:
@@ -101,17 +101,6 @@ def check_text(model: AdaptiveTransformer, x: Tensor, y: Tensor):
         if t.dtype != torch.int64 or t.min() < 0 or t.max() > 255:
             raise ValueError(f"{name} of {t.dtype} holds other values than bytes: int64 from 0 to 255 is needed")
 
-@contextmanager
-def _evaluating(model):
-    "Without gradients and dropout; the mode is put back."
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
 # %% ../../nbs/36_controller.forward_steps.ipynb #0012
 def log_likelihoods(logits: Tensor, classes: Tensor) -> Tensor:  # (rows, T, 256), (T, k) or (rows, T, k) -> (rows, T, k)
     "Log-probabilities of some bytes at each place, without a second tensor of the size of the logits."
@@ -121,7 +110,7 @@ def log_likelihoods(logits: Tensor, classes: Tensor) -> Tensor:  # (rows, T, 256
 def losses(self, z: Tensor | Gates) -> Tensor:  # (n,) -> (windows,) float64
     "Mean loss of each window with the gates z, nats a byte: one pass. Raises `FloatingPointError` if one is not finite."
     found, gates = [], z if isinstance(z, Gates) else self.movable.gates(z)
-    with _evaluating(self.model):
+    with at_rest(self.model):
         for x, y in zip(self.x.split(self.rows), self.y.split(self.rows)):
             self.windows += len(x)
             found.append(-log_likelihoods(self.model(x, gates), y[..., None]).double().mean((1, 2)))
@@ -154,7 +143,7 @@ def slopes(
     n, turned = len(z), torch.where(z >= 0.5, -eps, eps)
     gates = self.movable.gates(torch.cat([z[None], z + turned.diag()]))
     loss, gradient, curvature = 0.0, torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
-    with _evaluating(self.model):
+    with at_rest(self.model):
         for x, y in zip(self.x[which], self.y[which]):
             known = self._variants(x, y, gates, samples, generator)  # (n + 1, T, 1 + samples)
             loss -= known[0, :, 0].double().sum().item()

@@ -113,6 +113,11 @@ class Losses:
 
     version = ()  # another one when what answers has changed
 
+    @property
+    def present(self) -> np.ndarray:  # (layers, heads) bool
+        "The heads that there are."
+        return np.ones((self.layers, self.heads), bool)
+
     def __init__(self, layers: int, heads: int):
         self.layers, self.heads, self.asked = layers, heads, 0
         self.seen: list[tuple[np.ndarray, float]] = []  # every mask asked for, and its loss
@@ -134,6 +139,10 @@ class ModelLosses(Losses):
 
     def _answer(self, masks):
         return losses_of(self.model, self.X, self.y, masks)
+
+    @property
+    def present(self) -> np.ndarray:
+        return self.model.present_heads.cpu().numpy().copy()
 
     @property
     def version(self) -> tuple:

@@ -258,16 +258,19 @@ def _open_behind(self, layer: int, parts: list):
 
 def _fresh(self, layer: int, head: int | str, seed: int) -> dict[str, Tensor]:
     "New weights for a part, as those of a new model."
-    with torch.device("meta"):  # shapes alone: no number is drawn
-        one = Block(self.dim, 1, self.hidden, head_dim=self.dim // self.num_heads)
     own = (seed * self.num_layers + layer) * (self.num_heads + 1) + (self.num_heads if head == "ffn" else head)  # no two parts alike
     g, write = torch.Generator().manual_seed(own), (2 * self.num_layers) ** -0.5
-    draw = lambda like, std: torch.randn(like.shape, generator=g) * std
-    if head == "ffn":
-        return {"up": draw(one.ffn.up.weight, self.dim**-0.5), "down": draw(one.ffn.down.weight, self.hidden**-0.5 * write)}
-    return {"qkv": draw(one.attention.qkv, self.dim**-0.5), "out": draw(one.attention.out, self.dim**-0.5 * write)}
+    std = {"up": self.dim**-0.5, "down": self.hidden**-0.5 * write, "qkv": self.dim**-0.5, "out": self.dim**-0.5 * write}
+    return {name: torch.randn(shape, generator=g) * std[name] for name, shape in self._shapes(head).items()}
 
-for f in (regrow, _open_behind, _fresh):
+def _shapes(self, head: int | str) -> dict[str, tuple]:
+    "The shapes of a part's rows."
+    with torch.device("meta"):  # no number is drawn
+        one = Block(self.dim, 1, self.hidden, head_dim=self.dim // self.num_heads)
+    rows = {"up": one.ffn.up.weight, "down": one.ffn.down.weight} if head == "ffn" else {"qkv": one.attention.qkv, "out": one.attention.out}
+    return {name: tuple(t.shape) for name, t in rows.items()}
+
+for f in (regrow, _open_behind, _fresh, _shapes):
     setattr(AdaptiveTransformer, f.__name__, f)
 
 # %% ../../nbs/32_controller.model.ipynb #0030

@@ -43,6 +43,5 @@ def check_removed(model, rows: dict[str, Tensor], state: dict[str, Tensor]):
         grid = state.get("present_ffn" if part == "ffn" else "present_heads")
         if grid is not None and grid[layer if part == "ffn" else (layer, part)]:
             raise ValueError(f"removed.{layer}.{part} of the state is there, and cannot have been cut out")
-        wanted = {name: tuple(t.shape) for name, t in model._fresh(layer, part, 0).items()}
-        if shapes != wanted:
+        if shapes != (wanted := model._shapes(part)):
             raise ValueError(f"removed.{layer}.{part} of the state has {shapes}: {wanted} is needed")

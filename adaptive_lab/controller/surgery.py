@@ -30,9 +30,8 @@ _operated = WeakIdKeyDictionary()  # parameters
 
 def _watch(p: nn.Parameter):
     "From now on no optimizer steps with averages of this parameter that do not fit it."
-    if not _operated:
-        global _hook
-        _hook = _hook or register_optimizer_step_pre_hook(_check_fit)
+    global _hook
+    _hook = _hook or register_optimizer_step_pre_hook(_check_fit)
     _operated[p] = True
 
 _hook = None
