@@ -17,6 +17,12 @@ class KVCache:
     def __init__(self, most: int):
         self.most, self.length, self._kept = most, 0, None
 
+    def check(self, rows: int, heads: int):
+        "Raise `ValueError` unless what is in it is of so many rows and heads."
+        held = (rows, 0) if self._kept is None else tuple(self._kept.shape[1:3])
+        if held != (rows, heads):
+            raise ValueError(f"the cache holds {held[0]} rows × {held[1]} heads, and {rows} × {heads} are needed: begin a new one with all bytes so far")
+
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (batch, heads, T, head_dim) each
         "Append, and return all: (batch, heads, length, head_dim). Raises `ValueError` when it is full."
         n = self.length + k.shape[2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adaptive_lab.controller.model import AdaptiveTransformer
+from adaptive_lab.controller.model import AdaptiveTransformer, Gates
 from adaptive_lab.training import train
 
 L, H, DIM, HIDDEN = 2, 3, 12, 20
@@ -135,6 +135,109 @@ def test_the_state_of_any_pruning_comes_back(seed):
         if m.missing(*where) and where in m.removed:
             m.regrow(*where), again.regrow(*where)
     assert equal(record(again), record(m))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_state_comes_back_in_its_dtypes(dtype, first):
+    m = model()
+    m = m.to(dtype) if first else m
+    m.set_gate(0, 1, 0), m.set_gate(1, 0, 0.3), m.prune()
+    m = m.to(dtype)
+    m.norm.float()  # one that differs
+    state = m.state_dict()
+    assert state["removed.0.1.out"].dtype == (dtype if first else torch.float32)
+    again = AdaptiveTransformer.from_state(state).state_dict()
+    assert again.keys() == state.keys() and all(t.dtype == state[k].dtype and torch.equal(t, state[k]) for k, t in again.items())
+    back = AdaptiveTransformer.from_state(state)
+    m.regrow(0, 1), back.regrow(0, 1)
+    assert torch.equal(back.blocks[0].attention.qkv, m.blocks[0].attention.qkv)
+
+
+def test_a_model_without_numbers_takes_a_whole_state_and_nothing_else():
+    whole, m = model().state_dict(), model().to("meta")
+    for act in (lambda: m.set_gate(0, 0, 0), m.prune, lambda: m.is_present(0, 0), lambda: m.parts(0)):
+        with pytest.raises(ValueError, match="meta device"):
+            act()
+    with pytest.raises(ValueError, match="assign=True"):
+        m.load_state_dict(whole)
+    with pytest.raises(ValueError, match="meta device"):
+        model().load_state_dict(m.state_dict())
+    assert m.sizes.is_meta
+    m.load_state_dict(whole, assign=True)
+    assert torch.equal(m(X[:, :8]), model()(X[:, :8])) and m.is_present(0, 0)
+
+
+@pytest.mark.parametrize("key", ["gate_heads", "present_ffn", "sizes", "places.weight", "removed.0.0.out", 7])
+@pytest.mark.parametrize("value", [3, "a", None, [1.0]])
+def test_a_state_is_tensors(key, value):
+    m = model()
+    m.set_gate(0, 0, 0), m.prune()
+    before = record(m)
+    for read in (m.load_state_dict, m.restructure, AdaptiveTransformer.from_state):
+        with pytest.raises(ValueError, match=f"{key} of the state is a {type(value).__name__}"):
+            read(m.state_dict() | {key: value})
+        with pytest.raises(ValueError, match=f"state is a {type(value).__name__}"):
+            read(value)
+        with pytest.raises(ValueError, match="present_heads of the state is of torch.float32"):
+            read(m.state_dict() | dict(present_heads=torch.ones(L, H)))
+    assert equal(record(m), before)
+
+
+WRONG = [
+    lambda g: g._replace(heads=torch.ones(L, H + 1)), lambda g: g._replace(heads=torch.ones(H)), lambda g: g._replace(ffn=torch.ones(L + 1)), lambda g: g._replace(layers=torch.ones(L - 1)),
+    lambda g: g._replace(heads=torch.ones(2, L, H)), lambda g: g._replace(ffn=torch.ones(1, 3, L)), lambda g: g._replace(heads=[[1.0] * H] * L), lambda g: (1, 2), lambda g: 3,
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_gates_of_another_shape_are_named(wrong):
+    m = model()
+    with pytest.raises(ValueError, match=r"gates\.(heads|ffn|layers) .* is needed, or"):
+        m(X[:, :8], wrong(m.gates))
+
+
+def test_gates_may_be_anything_of_the_right_shape_and_be_mapped_and_differentiated():
+    m, x = model(), X[:, :8]
+    g = [torch.stack([t, t * 7, t * -0.5]) for t in m.gates]
+    rows = m(x, Gates(*g))
+    assert torch.allclose(rows[1], m(x[1:2], Gates(*(t[1] for t in g)))[0], atol=1e-4)
+    mapped = torch.func.vmap(lambda *t: m(x[:1], Gates(*t))[0])(*g)
+    assert torch.allclose(mapped, m(x[:1].expand(3, -1), Gates(*g)), atol=1e-4) and torch.allclose(mapped, m(x[:1], Gates(*g)), atol=1e-4)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the fused kernels of the CPU have no forward derivative
+        _, tangent = torch.func.jvp(lambda h: m(x, m.gates._replace(heads=h)).sum(), (m.gate_heads,), (torch.ones(L, H),))
+    slope = torch.func.grad(lambda h: m(x, m.gates._replace(heads=h)).sum())(m.gate_heads)
+    assert torch.allclose(tangent, slope.sum(), rtol=1e-3)
+    assert m(x, m.gates._replace(heads=m.gate_heads * float("nan"))).isnan().all()
+
+
+@pytest.mark.parametrize("change", [lambda m: (m.set_gate(1, 2, 0), m.prune()), lambda m: (m.set_gate(1, "layer", 0), m.prune()), lambda m: m.regrow(0, 0)])
+def test_a_cache_that_other_heads_filled_is_refused_and_stays(change):
+    m, x = model().eval(), X[:, :8]
+    m.set_gate(0, 0, 0), m.prune()
+    cache = m.new_cache()
+    m(x[:, :4], cache=cache)
+    with pytest.raises(ValueError, match="cache holds 3 rows × 2 heads, and 2 × 2"):
+        m(x[:2, 4:5], cache=cache)
+    change(m)
+    with pytest.raises(ValueError, match="cache holds .* begin a new one"):
+        m(x[:, 4:5], cache=cache)
+    assert cache.length == 4 and all(c.length == 4 for c in cache)
+    m.undo()
+    assert m(x[:, 4:], cache=cache).shape == (3, 4, 256)
+
+
+def test_a_layer_that_had_no_heads_cannot_go_on_from_its_cache():
+    m, x = model().eval(), X[:, :8]
+    for head in range(H):
+        m.set_gate(1, head, 0)
+    m.prune()
+    cache = m.new_cache()
+    pieces = torch.cat([m(part, cache=cache) for part in x.split([4, 2, 2], 1)[:2]], 1)
+    assert torch.allclose(pieces, m(x[:, :6]), atol=1e-5)
+    m.regrow(1, 0)
+    with pytest.raises(ValueError, match="holds 3 rows × 0 heads, and 3 × 1"):
+        m(x[:, 6:], cache=cache)
 
 
 def loss_of(m):

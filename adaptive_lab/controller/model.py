@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .states import check_state
+from .states import check_pruning, check_state, check_tensors, fitting, no_state, sizes_in
 from .surgery import Place, cut, graft
 from ..transformer import Block, KVCache
 
@@ -102,9 +102,11 @@ def read_out(self, h: Tensor) -> Tensor:  # (..., dim) -> (..., 256)
     return self.logits(self.norm(h))
 
 def forward(self, x: Tensor, gates: Gates | None = None, cache: Cache | None = None) -> Tensor:
-    "With the model's own gates, or others; with a cache (see `new_cache`) x follows the bytes that are in it."
-    g = self.gates if gates is None else gates
+    "With the model's own gates, or others of any value; with a cache (see `new_cache`) x follows the bytes that are in it. Raises `ValueError`."
     h = self.embed(x, cache.length if cache else 0)
+    g = self.gates if gates is None else fitting(self, gates, len(x))
+    for kept, block in zip(cache if cache and cache.length else (), self.blocks):  # before any of them grows
+        kept.check(len(x), block.attention.out.shape[0])
     for layer, block in enumerate(self.blocks):
         h = block(h, *self.layer_gates(g, layer), cache[layer] if cache else None)
     if cache:
@@ -134,6 +136,8 @@ AdaptiveTransformer.gates = gates
 # %% ../../nbs/32_controller.model.ipynb #0014
 def _grid(self, layer, head) -> tuple[Tensor, tuple]:
     "The grid that a part's gate is in, and its place there. Raises `ValueError` for a part that the model does not have."
+    if self.sizes.is_meta:
+        raise ValueError("the model is on the meta device, where its gates have no numbers: load_state_dict(state, assign=True) gives it some")
     whole = lambda n, most: isinstance(n, Integral) and not isinstance(n, bool) and 0 <= n < most
     if not whole(layer, self.num_layers):
         raise ValueError(f"layer={layer!r} is not allowed: a whole number from 0 to {self.num_layers - 1}")
@@ -190,6 +194,7 @@ def _take(self, layer, head, optimizer):
 
 def parts(self, layer: int) -> list:
     "The names of a layer's parts that are there."
+    self._grid(layer, "layer")
     return [*(h for h in range(self.num_heads) if self.present_heads[layer, h]), *(["ffn"] if self.present_ffn[layer] else [])]
 
 # %% ../../nbs/32_controller.model.ipynb #0023
@@ -326,42 +331,31 @@ AdaptiveTransformer._save_to_state_dict, AdaptiveTransformer._load_from_state_di
 # %% ../../nbs/32_controller.model.ipynb #0035
 def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
     "As `nn.Module.load_state_dict`. Raises `ValueError` for the state of another pruning, and then nothing has changed."
-    for grid, what in (("present_heads", "heads"), ("present_ffn", "feed-forward networks")):
-        theirs, own = state_dict.get(grid), getattr(self, grid)
-        if theirs is not None and theirs.shape != own.shape:
-            raise ValueError(f"the state has {what} of shape {tuple(theirs.shape)} and this model {tuple(own.shape)}: AdaptiveTransformer.from_state(state) builds one that fits")
-        if theirs is not None and not torch.equal(theirs.cpu(), own.cpu()):
-            at = tuple((theirs.cpu() != own.cpu()).nonzero()[0].tolist())
-            named = self.name_of(at[0], at[1] if len(at) > 1 else "ffn")
-            has, lacks = ("state", "model") if theirs[at] else ("model", "state")
-            raise ValueError(f"the state is of another pruning: {named} is in the {has} and not in the {lacks}. AdaptiveTransformer.from_state(state) builds a model that fits, restructure(state) changes this one")
+    check_tensors(state_dict)
+    if self.sizes.is_meta and not assign:
+        raise ValueError("assign=False is not allowed for a model on the meta device, which has no numbers to copy into: give assign=True")
+    check_pruning(self, state_dict)
     check_state(self, state_dict, strict)
     return nn.Module.load_state_dict(self, state_dict, strict, assign)
 
 AdaptiveTransformer.load_state_dict = load_state_dict
 
 # %% ../../nbs/32_controller.model.ipynb #0036
-def _sizes_in(state: dict[str, Tensor]) -> dict[str, int]:
-    "The sizes of the model whose state this is. Raises `ValueError`."
-    try:
-        heads, hidden = state["sizes"].tolist()
-        return dict(num_layers=len(state["present_ffn"]), num_heads=heads, dim=state["bytes.weight"].shape[1], context=len(state["places.weight"]), hidden=hidden)
-    except (KeyError, AttributeError, TypeError, ValueError, IndexError) as e:
-        raise _no_state(e) from None
+def from_state(cls, state: dict[str, Tensor], dropout: float = 0.0) -> "AdaptiveTransformer":
+    "A model with this state (which knows no dropout), pruned as it is and of its dtypes. Raises `ValueError` when it is no state of an adaptive transformer."
+    with torch.random.fork_rng(devices=[]):  # reading draws no random number
+        model = cls(**sizes_in(state), dropout=dropout)
+    for name, t in model.state_dict(keep_vars=True).items():
+        if t.is_floating_point() and name in state and state[name].is_floating_point():
+            t.data = t.data.to(state[name].dtype)
+    return model.restructure(state)
 
-def _no_state(e: Exception) -> ValueError:
-    said = " ".join(f"{type(e).__name__} {e}".split())
-    return ValueError(f"this is no state of an AdaptiveTransformer ({said}): give what its state_dict() returned")
+AdaptiveTransformer.from_state = classmethod(from_state)
 
 # %% ../../nbs/32_controller.model.ipynb #0037
-def from_state(cls, state: dict[str, Tensor], dropout: float = 0.0) -> "AdaptiveTransformer":
-    "A model with this state (which knows no dropout), pruned as it is. Raises `ValueError` when it is no state of an adaptive transformer."
-    with torch.random.fork_rng(devices=[]):  # reading draws no random number
-        return cls(**_sizes_in(state), dropout=dropout).restructure(state)
-
 def restructure(self, state: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> "AdaptiveTransformer":
     "Remove and regrow parts until this model has the structure of the state, then load it; for an optimizer likewise. Raises `ValueError`, then nothing changes."
-    other = {k: n for k, n in _sizes_in(state).items() if n != getattr(self, k)}
+    other = {k: n for k, n in sizes_in(state).items() if n != getattr(self, k)}
     if other:
         theirs, own = (", ".join(f"{k}={n}" for k, n in d.items()) for d in (other, {k: getattr(self, k) for k in other}))
         raise ValueError(f"the state is of a model with {theirs}, and this one has {own}: AdaptiveTransformer.from_state(state) builds one that fits")
@@ -369,7 +363,7 @@ def restructure(self, state: dict[str, Tensor], optimizer: torch.optim.Optimizer
         try:
             m._follow(state, o)
         except (KeyError, IndexError, RuntimeError) as e:
-            raise _no_state(e) from None
+            raise no_state(e) from None
     return self
 
 def _follow(self, state, optimizer):
@@ -382,4 +376,4 @@ def _follow(self, state, optimizer):
                 self._take(layer, p, optimizer)
     self.load_state_dict(state)
 
-AdaptiveTransformer.from_state, AdaptiveTransformer.restructure, AdaptiveTransformer._follow = classmethod(from_state), restructure, _follow
+AdaptiveTransformer.restructure, AdaptiveTransformer._follow = restructure, _follow
