@@ -44,7 +44,7 @@ def every(n=6, k=MANY):
 
 
 def bits(m):
-    return {k: v.clone() for k, v in m.state_dict().items()}, sorted(m.removed), len(m._past)
+    return {k: v.clone() for k, v in m.state_dict().items()}, sorted(m.removed, key=str), len(m._past)
 
 
 def same(a, b):
@@ -233,6 +233,23 @@ def test_an_optimizer_goes_on_with_the_grown_model(model, text):
 
 def test_all_that_was_removed_may_come_back(model, text):
     assert grow(model, Policy(), *text, 6) == [(0, 0), (0, 1), (0, 3), (1, 0), (1, 2), (1, 3)] and model.present_heads.all()
+
+
+def test_heads_behind_a_closed_layer_are_no_candidates(model, text):
+    model.set_gate(1, "layer", 0), model.prune()
+    before = bits(model)
+    with pytest.raises(ValueError, match="many=4 is not allowed: .* at most the 3 heads that can come back"):
+        grow(model, Policy(), *text, 4)
+    assert same(bits(model), before)
+    assert grow(model, Policy(), *text, 3) == [(0, 0), (0, 1), (0, 3)]
+    model.set_gate(0, "layer", 0), model.prune()
+    before = bits(model)
+    with pytest.raises(ValueError, match="all 8 heads .* whose own gate is 0"):
+        grow(model, Policy(), *text, 1)
+    assert same(bits(model), before)
+    model.regrow(1, "layer"), model.set_gate(1, "layer", 1)  # as it says; then nothing of that layer is missing
+    with pytest.raises(ValueError, match="all 4 heads"):
+        grow(model, Policy(), *text, 1)
 
 
 @pytest.mark.parametrize("many", [0, -1, 7, 2.0, True, "2", None])

@@ -24,7 +24,7 @@ BACKWARD = 3  # evaluations that a forward and backward pass counts as
 LOOK = 2 * BACKWARD  # what it costs to see the candidates
 
 class Choice:
-    "Which `many` of a model's removed heads come back. Raises `ValueError`; the model is left as it is."
+    "Which `many` of a model's removed heads come back, in layers that are not closed. Raises `ValueError`; the model is left as it is."
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Choice:
         self.places, self.many, self.windows, self.asked = candidates(model), many, windows, 0
         for name, n, most in (("many", many, len(self.places)), ("windows", windows, math.inf)):
             if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
-                raise ValueError(f"{name}={n!r} is not allowed: a whole number, 1 or more" + (f", and at most the {most} heads that were removed" if most < math.inf else ""))
+                raise ValueError(f"{name}={n!r} is not allowed: a whole number, 1 or more" + (f", and at most the {most} heads that can come back" if most < math.inf else ""))
         self.X, self.y = checked(model, X, y)
         self.whole = copy.deepcopy(model).eval()
         for place in self.places:
@@ -45,9 +45,11 @@ class Choice:
 
 # %% ../../nbs/38_controller.growth.ipynb #0008
 def candidates(model: AdaptiveTransformer) -> list[tuple[int, int]]:
-    "The removed heads whose weights are known, as (layer, head). Raises `ValueError` when there is none."
-    if not (places := sorted(p for p in model.removed if p[1] != "ffn")):
+    "The removed heads whose weights are known and whose layer's gate is not 0, as (layer, head). Raises `ValueError` when there is none."
+    if not (removed := sorted(p for p in model.removed if p[1] != "ffn")):
         raise ValueError("no head was removed from this model: close gates and prune() first (after forget() the weights are gone)")
+    if not (places := [p for p in removed if model.gate_layers[p[0]] > 0]):
+        raise ValueError(f"all {len(removed)} heads that were removed are in layers whose own gate is 0, where they would change nothing: regrow(layer, 'layer') and set_gate(layer, 'layer', 1) open such a layer")
     return places
 
 def batch(self, i: int = 0) -> tuple[Tensor, Tensor]:
