@@ -70,6 +70,24 @@ def test_the_ends_are_measured_anew_when_the_model_has_changed(model):
     assert info["kept"] == 5 and info["worth"] == 0 and info["loss"] == env.losses(env.mask)[0]
 
 
+def test_what_was_changed_behind_the_back_of_autograd_is_measured_anew(model):
+    env = PruneEnv(model, X.clone(), Y.clone())
+    for change in (lambda: model.logits.weight.data.mul_(0), lambda: model.gate_ffn.data.mul_(0.5), lambda: env.losses.y.data.add_(1).remainder_(256)):
+        model.logits.weight.data.add_(torch.linspace(0, 1, 12))
+        env.reset()
+        asked = env.losses.asked
+        change()
+        _, info = env.reset()
+        assert env.losses.asked == asked + 2 and info["worth"] == 0 and info["loss"] == env.losses(np.ones((2, 3), bool))[0]
+
+
+@pytest.mark.parametrize("y", [Y + 200, -Y - 1, Y.float(), Y > 9, Y[:2], Y[:0]])
+def test_next_bytes_that_are_none_are_refused(model, y):
+    with pytest.raises(ValueError, match="y "):
+        PruneEnv(model, X, y)
+    assert PruneEnv(model, X.byte(), Y.byte()).reset()[1]["loss"] == PruneEnv(model, X, Y).reset()[1]["loss"]
+
+
 def test_a_table_is_measured_once():
     env = PruneEnv(table())
     env.reset(), env.reset(seed=3)

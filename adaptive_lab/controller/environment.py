@@ -13,6 +13,7 @@ from gymnasium.error import ResetNeeded
 
 from .feedback import Worth, potential
 from .masks import Losses, ModelLosses, check_masks
+from .measures import checked
 from .model import AdaptiveTransformer
 from .policy_gradient import whole
 
@@ -54,7 +55,7 @@ def _losses(what, X, y) -> Losses:
     if isinstance(what, AdaptiveTransformer):
         if not all(torch.is_tensor(b) and b.ndim == 2 and b.numel() for b in (X, y)):
             raise ValueError("X and y are needed with a model: tensors of held-out bytes (batch, T) and the next ones; without validation data nothing can be measured")
-        return ModelLosses(what, X, y)
+        return ModelLosses(what, *checked(what, X, y))
     if not isinstance(what, Losses):
         raise ValueError(f"what is a {type(what).__name__}: give an AdaptiveTransformer with X and y, or a Losses")
     return what

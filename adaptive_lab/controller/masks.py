@@ -7,6 +7,8 @@ __all__ = ['AT_ONCE', 'check_masks', 'contributions', 'after', 'token_losses', '
            'Losses', 'ModelLosses', 'TableLosses', 'front_of', 'area', 'found_front', 'share']
 
 # %% ../../nbs/33_controller.masks.ipynb #0003
+import zlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -146,8 +148,11 @@ class ModelLosses(Losses):
 
     @property
     def version(self) -> tuple:
-        return tuple((t.data_ptr(), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
+        "Checksums of all numbers: PyTorch's own count of changes does not see those that were made through `.data`."
+        parts = (*self.model.parameters(), *self.model.buffers(), self.X, self.y)
+        return tuple((t.shape, zlib.crc32(t.detach().cpu().flatten().view(torch.uint8).numpy())) for t in parts)
 
+# %% ../../nbs/33_controller.masks.ipynb #0018
 class TableLosses(Losses):
     "Losses looked up in a table of all masks."
 
@@ -160,7 +165,7 @@ class TableLosses(Losses):
     def _answer(self, masks):
         return self.table[number_of(masks)].astype(float)
 
-# %% ../../nbs/33_controller.masks.ipynb #0020
+# %% ../../nbs/33_controller.masks.ipynb #0021
 def front_of(kept, losses, n: int) -> np.ndarray:  # (n + 1,)
     "The lowest loss with at most 0, 1, ... n heads; infinite where nothing is known."
     best = np.full(n + 1, np.inf)
