@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from adaptive_lab.controller.gates import BernoulliGates, Gating, HardConcreteGates, gated_loss, open_logit, part_costs, stretched
-from adaptive_lab.controller.model import AdaptiveTransformer
+from adaptive_lab.controller.model import AdaptiveTransformer, Gates
 from adaptive_lab.knobs import KnobError
 from adaptive_lab.training import train
 
@@ -228,7 +228,7 @@ def test_the_state_of_gates_round_trips(tmp_path):
         (lambda m: HardConcreteGates(m).within(0.1), ValueError, "0.167"),
         (lambda m: HardConcreteGates(m).within(1.5), ValueError, "budget=1.5"),
         (lambda m: HardConcreteGates(m).within(math.nan), ValueError, "budget=nan"),
-        (lambda m: HardConcreteGates(m).write(model(layers=1)), ValueError, "(2, 3) do not fit"),
+        (lambda m: HardConcreteGates(m).write(model(layers=1)), ValueError, "(2, 3) does not fit"),
         (lambda m: BernoulliGates(m).log_prob(m.gates._replace(heads=torch.full((2, 3), 0.5))), ValueError, "other values than 0 and 1"),
     ],
 )
@@ -238,3 +238,20 @@ def test_bad_input_is_named_and_changes_nothing(fault, kind, words):
     with pytest.raises(kind) as e:
         fault(m)
     assert words in str(e.value) and all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("value", [7.0, -0.1, float("nan"), None])
+def test_gates_that_cannot_be_written_change_nothing(kind, value):
+    m = model()
+    new = [g * 0.5 for g in m.gates]
+    at = ALL.index(kind)
+    if value is None:
+        new[at] = new[at][:-1]
+    else:
+        new[at].view(-1)[-1] = value
+    with pytest.raises(ValueError, match=f"gates.{kind} "):
+        HardConcreteGates(m).write(gates=Gates(*new))
+    assert all((g == 1).all() for g in m.gates) and m.undo() == ""
+    HardConcreteGates(m).write(gates=Gates(*(g * 0.5 for g in m.gates)))
+    assert all((g == 0.5).all() for g in m.gates)

@@ -180,10 +180,13 @@ LearnedGates._ranks, LearnedGates._grid_of_costs, LearnedGates.within = _ranks, 
 # %% ../../nbs/33_controller.gates.ipynb #0025
 @torch.no_grad()
 def write(self, model: AdaptiveTransformer | None = None, gates: Gates | None = None):
-    "Set the gates of the model (or of a copy) to `gates`, or to the deterministic ones; its `prune()` then removes what is closed. Raises `ValueError`."
+    "Set the gates of the model (or of a copy) to `gates`, or to the deterministic ones; its `prune()` then removes what is closed. Raises `ValueError`, then nothing changes."
     m, g = model or self.model, gates or self.deterministic()
-    if g.heads.shape != m.gate_heads.shape or g.layers.shape != m.gate_layers.shape:
-        raise ValueError(f"gates of shape {tuple(g.heads.shape)} do not fit a model of {tuple(m.gate_heads.shape)} (layers, heads)")
+    for kind, new, old in zip(Gates._fields, g, m.gates):
+        if new.shape != old.shape:
+            raise ValueError(f"gates.{kind} of shape {tuple(new.shape)} does not fit the model: {tuple(old.shape)} is needed")
+        if (bad := ~((new >= 0) & (new <= 1))).any():
+            raise ValueError(f"gates.{kind} has {new[bad][0].item():g}: a gate is a number in [0, 1]")
     for kind, new, old in zip(Gates._fields, g, m.gates):
         for at in (new != old).nonzero().tolist():
             part = at[1] if kind == "heads" else {"ffn": "ffn", "layers": "layer"}[kind]
