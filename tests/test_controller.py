@@ -176,6 +176,55 @@ def test_a_state_of_no_adapter_is_refused(model, state):
     assert str(adapter.state_dict()) == before
 
 
+@pytest.mark.parametrize("wrong", [dict(count="a"), dict(setting="a"), dict(setting=1.5), dict(used="a"), dict(liked=None), dict(number=[1])])
+def test_numbers_of_an_adapter_are_numbers(model, wrong):
+    adapter = Adapter(model)
+    adapter.count = 1
+    adapter._set(adapter.home, adapter._remember(model.gates))
+    good = adapter.state_dict()
+    before = str(good)
+    bad = good | wrong if "count" in wrong or "setting" in wrong else good | dict(memory=[good["memory"][0] | wrong])
+    with pytest.raises(ValueError, match="no state of an Adapter"):
+        adapter.load_state_dict(bad)
+    assert str(adapter.state_dict()) == before and len(good["memory"]) == 1
+    adapter.load_state_dict(good)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, {}, "A", "b", "home", "generator", "pending", "sizes"])
+def test_a_state_of_no_thumbs_changes_nothing(model, wrong):
+    thumbs = Thumbs(model)
+    thumbs.propose()
+    good = copy.deepcopy(thumbs.state_dict())
+    other = Thumbs(AdaptiveTransformer(3, 4, 32, 16)).state_dict()
+    for state in (other,) if wrong == "sizes" else (good | {wrong: "a"}, good | {wrong: torch.ones(2)}) if isinstance(wrong, str) else (wrong,):
+        with pytest.raises(ValueError, match="state"):
+            thumbs.load_state_dict(state)
+        assert str(thumbs.state_dict()) == str(good)
+    thumbs.load_state_dict(good)
+    assert str(thumbs.state_dict()) == str(good)
+
+
+@pytest.mark.parametrize("kind", [Adapter, Thumbs])
+@pytest.mark.parametrize("wrong", [None, 3, torch.nn.Linear(2, 2)])
+def test_gates_are_those_of_an_adaptive_transformer(kind, wrong):
+    with pytest.raises(TypeError, match=f"model is a {type(wrong).__name__}"):
+        kind(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_half_precision_is_too_coarse_to_adapt(model, dtype):
+    model = model.to(dtype)
+    adapter, text = Adapter(model, Adaptation(budget=2)), (X.repeat(4, 1), Y.repeat(4, 1))
+    state, before = str(adapter.state_dict()), bits(model)
+    if dtype == torch.float64:
+        assert adapter.adapt(*text).passes <= 2
+        return
+    for act in (adapter.adapt, adapter.watch):
+        with pytest.raises(ValueError, match=f"model is of {dtype}, too coarse"):
+            act(*text)
+    assert str(adapter.state_dict()) == state and same(bits(model), before)
+
+
 def test_a_thumb_for_gates_that_are_none_is_refused(model):
     thumbs = Thumbs(model)
     for bad in (Gates(torch.full((2, 4), float("nan")), torch.ones(2), torch.ones(2)), Gates(torch.full((2, 4), 2.0), torch.ones(2), torch.ones(2))):

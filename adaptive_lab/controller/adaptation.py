@@ -79,6 +79,8 @@ class Adapter:
     "Suits a model's gates to what it reads; weights stay as they are."
 
     def __init__(self, model: AdaptiveTransformer, knobs: Adaptation | None = None):
+        if not isinstance(model, AdaptiveTransformer):
+            raise TypeError(f"model is a {type(model).__name__}: gates are adapted of an AdaptiveTransformer")
         self.model, self.knobs = model, knobs or Adaptation()
         self.memory: list[Setting] = []
         self.count = 0  # adaptations
@@ -220,6 +222,8 @@ def load_state_dict(self, state: dict):
     try:
         memory = [Setting(s["number"], check_gates(self.model, Gates(*s["gates"])), s["used"], s["liked"]) for s in state["memory"]]
         home, count, number = check_gates(self.model, Gates(*state["home"])), state["count"], state["setting"]
+        if not all(isinstance(n, int) for s in memory for n in (s.number, s.used, s.liked)) or not isinstance(count, int) or not isinstance(number, int | None):
+            raise TypeError("count, setting, and number, used and liked of each setting in memory are whole numbers, setting also None")
     except (KeyError, TypeError) as e:
         raise ValueError(f"this is no state of an Adapter ({type(e).__name__} {e}): give what its state_dict() returned") from None
     self.home, self.memory, self.count = home, memory, count

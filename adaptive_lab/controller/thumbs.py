@@ -35,6 +35,8 @@ class Thumbs:
     "Proposes gates to make a sample with, and learns from the thumb for it."
 
     def __init__(self, model: AdaptiveTransformer, knobs: Liking | None = None, seed: int = 0):
+        if not isinstance(model, AdaptiveTransformer):
+            raise TypeError(f"model is a {type(model).__name__}: thumbs judge the gates of an AdaptiveTransformer")
         self.model, self.knobs = model, knobs or Liking()
         self.generator = torch.Generator().manual_seed(seed)
         self.home = as_vector(model.gates)  # moves are counted from here
@@ -96,11 +98,17 @@ def state_dict(self) -> dict:
     return dict(A=self.A, b=self.b, home=self.home, generator=self.generator.get_state(), **some)
 
 def load_state_dict(self, state: dict):
-    "Take over what `state_dict()` returned. Raises `ValueError` when it is of a model of other sizes."
-    if state["home"].shape != self.home.shape:
-        raise ValueError(f"the state is of {len(state['home'])} gates and this model has {len(self.home)}")
-    self.A, self.b, self.home = (state[n].clone() for n in ("A", "b", "home"))
-    self.before, self.pending = state.get("before"), state.get("pending")
-    self.generator.set_state(state["generator"])
+    "Take over what `state_dict()` returned. Raises `ValueError` when it is none, or of a model of other sizes; then nothing changes."
+    try:
+        known = {n: state[n].clone() for n in ("A", "b", "home")} | {n: state.get(n) for n in ("before", "pending")}
+        generator = torch.Generator()
+        generator.set_state(state["generator"])
+        shapes = {n: t.shape for n, t in known.items() if t is not None}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"this is no state of Thumbs ({type(e).__name__} {e}): give what its state_dict() returned") from None
+    for name, shape in shapes.items():
+        if shape != (own := self.home if name in ("before", "pending") else getattr(self, name)).shape:
+            raise ValueError(f"{name} of the state has shape {tuple(shape)}, and this model's {len(self.home)} gates need {tuple(own.shape)}")
+    vars(self).update(known, generator=generator)
 
 Thumbs.state_dict, Thumbs.load_state_dict = state_dict, load_state_dict
