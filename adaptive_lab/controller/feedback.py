@@ -98,7 +98,11 @@ class MovingAverage:
         return dict(memory=self.memory, sum=self._sum, weight=self._weight)
 
     def load_state_dict(self, state: dict):
-        self.memory, self._sum, self._weight = state["memory"], state["sum"], state["weight"]
+        "Go on as the one that was saved. Raises `ValueError` for numbers that no average has, and stays as it was."
+        memory, total, weight = (finite(state[name], name) for name in ("memory", "sum", "weight"))
+        if not (0 <= memory < 1 and 0 <= weight <= 1):
+            raise ValueError(f"memory={memory:g} and weight={weight:g} are not allowed: both are in [0, 1], and memory is below 1")
+        self.memory, self._sum, self._weight = memory, total, weight
 
 # %% ../../nbs/34_controller.feedback.ipynb #0017
 class Timing(Knobs):

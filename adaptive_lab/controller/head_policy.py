@@ -18,7 +18,7 @@ SEEN = 6  # numbers a head
 
 def see(model: AdaptiveTransformer, X: Tensor, y: Tensor, effects: Tensor) -> Tensor:  # effects (layers, heads, 2) -> (layers, heads, SEEN)
     "What the policy is shown of each head. Slopes are in units of their mean size."
-    relative = lambda s: s / s.abs().mean().clamp_min(1e-12)
+    relative = lambda s: (s / s.abs().mean().clamp_min(1e-12)).float()
     half, at_one = (relative(slopes(model, X, y, level).mean(0)) for level in (0.5, 1.0))
     open_ = open_parts(model).heads.float()
     full = open_.mean(1, keepdim=True).expand_as(open_)
