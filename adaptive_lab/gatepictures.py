@@ -81,15 +81,15 @@ def decision_mark(d) -> Mark:
 
 # %% ../nbs/83_gatepictures.ipynb #0010
 def _reach(marks) -> float:
-    "How far the scale of rewards goes."
-    most = max([abs(m.reward) for m in marks if m.reward is not None and np.isfinite(m.reward)], default=0.0)
+    "How far the scale of rewards goes; a thumb, which is 1 or -1, stands at its end."
+    most = max([abs(m.reward) for m in marks if m.kind != "thumb" and m.reward is not None and np.isfinite(m.reward)], default=0.0)
     return next((r for r in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if most <= r), 1.0)
 
-def _stem(mark: Mark, frame: Frame) -> str:
+def _stem(mark: Mark, frame: Frame, reach: float) -> str:
     "A mark with its stem and its words."
     known = mark.reward is not None and np.isfinite(mark.reward)
     color, shape = KINDS.get(mark.kind, KINDS["keep"])
-    (x, y), zero = frame.to_pixels((mark.step, mark.reward if known else 0)), frame.to_pixels((0, 0))[1]
+    (x, y), zero = frame.to_pixels((mark.step, np.clip(mark.reward, -reach, reach) if known else 0)), frame.to_pixels((0, 0))[1]
     stem = f'<path d="M{x:.1f} {zero:.1f}V{y:.1f}" stroke="{color}" stroke-width="2"/>' if known else ""
     return f'<g><title>{escape(f"step {mark.step}: {mark.words}")}</title>{stem}<path transform="translate({x:.1f} {y:.1f})" d="{shape}" fill="{color}"/></g>'
 
@@ -124,7 +124,7 @@ def timeline(
     count = {k: sum(m.kind == k for m in marks) for k in KINDS}
     words = ", ".join(f"{n} {k}" for k, n in count.items() if n) or "none yet"
     legend = _legend([k for k, n in count.items() if n], right + 14, top + 8)
-    return picture("".join(out) + "".join(_stem(m, frame) for m in shown) + legend, width, height, title, words)
+    return picture("".join(out) + "".join(_stem(m, frame, reach) for m in shown) + legend, width, height, title, words)
 
 # %% ../nbs/83_gatepictures.ipynb #0014
 def front_picture(

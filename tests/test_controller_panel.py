@@ -1,6 +1,7 @@
 "The controller's panel without a page: edits, undo, a controller that acts meanwhile, what is measured and written."
 import asyncio
 import random
+import re
 import threading
 from types import SimpleNamespace
 from xml.etree.ElementTree import fromstring
@@ -16,7 +17,7 @@ from adaptive_lab.gatewatch import SHARES, Watch
 from adaptive_lab.knobs import KnobError, Knobs, knob
 from adaptive_lab.live import Live
 from adaptive_lab.panels import gateviews
-from adaptive_lab.panels.controller import ControllerPanel, opened, pruned, regrown
+from adaptive_lab.panels.controller import ControllerPanel, _gates_now, opened, pruned, regrown
 from adaptive_lab.panels.gategrid import rows_of
 from adaptive_lab.panels.training import TrainingPanel
 from adaptive_lab.parts import part
@@ -456,3 +457,35 @@ def test_a_thumb_for_an_optimizer_that_cannot_hear_is_said():
     p = ControllerPanel(recipe())
     p.thumbs["Good"].click()
     assert "controlled_adam" in p.status.value
+
+
+def test_a_wish_stays_in_the_picture_while_the_step_that_took_it_is_under_way():
+    panel = ControllerPanel(recipe())
+    panel._show_gates()
+    live, old = panel.live, panel.live.look(_gates_now)
+    ask(panel, (0, 1, 0.25))
+    live._in_thread = True  # a step that takes long has begun, and has taken the edit
+    next(live._steps)
+    live._probes[_gates_now] = (0, old)  # nobody could look since
+    assert live.run.waiting == {}
+    panel._show_gates()
+    assert panel.grid.gates[0][1] == 0.25
+    live._in_thread = False
+    panel._show_gates()
+    assert panel.grid.gates[0][1] == gates_of(live.run.model)[0, 1] == 0.25
+    panel.live.reset()
+    panel.draw()
+    assert panel.grid.gates[0][1] == 1 and panel._edit == (-1, "")
+
+
+def test_a_thumb_for_nothing_is_said_and_does_not_count():
+    panel = ControllerPanel(recipe("controlled_adam"))
+    panel.thumb("thumbs_up")
+    assert "no change of the controller stands" in panel.status.value and panel.live.settings()["optimizer.thumbs_up"] == 0
+
+
+def test_a_thumb_does_not_press_rewards_flat():
+    rewards = [Mark(1, "prune", 0.03, "a"), Mark(2, "regrow", -0.02, "b")]
+    heights = lambda svg: [float(y) for y in re.findall(r"V([\d.]+)\"", svg)]
+    alone, beside = heights(timeline(rewards)), heights(timeline([*rewards, Mark(3, "thumb", -1.0, "c")]))
+    assert beside[:2] == alone and beside[2] > max(alone)

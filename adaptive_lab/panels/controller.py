@@ -13,7 +13,7 @@ import ipywidgets as w
 
 from ..controller.edits import after, edit_between, gates_of
 from ..gatepictures import gate_picture, part_name
-from ..gatewatch import Watch
+from ..gatewatch import Watch, controller_of
 from ..knobs import KnobError
 from .gategrid import GateGrid, rows_of
 from .gateviews import bars_of, facts_html, front_view, losses_view, notes_of, passages_html, timeline_view
@@ -70,6 +70,7 @@ class ControllerPanel(TrainingPanel):
         self.how = Sampling(temperature=0.8)
         self._watch = self._company = self._reference = self._shown = None  # _shown: the gates the grid has
         self._past, self._gesture = [], None  # (gates before, gates after) of each action, for undo; the last drag or click
+        self._edit = (-1, "")  # the last edit that was asked for, and after how many steps
         self._wish, self._sending = {}, False  # what the page asks for; is an edit on its way?
         TrainingPanel.__init__(self, recipe, pace)
 
@@ -77,7 +78,7 @@ class ControllerPanel(TrainingPanel):
     def watch(self) -> Watch:
         "What is measured of the run that is shown."
         if self._watch is None or self._watch.run is not self.run:
-            self._watch, self._past, self._reference, self._shown = Watch(self.live, self.how), [], None, None
+            self._watch, self._past, self._reference, self._shown, self._edit = Watch(self.live, self.how), [], None, None, (-1, "")
         return self._watch
 
 # %% ../../nbs/91_panels.controller.ipynb #0010
@@ -154,16 +155,18 @@ def _wished(self):
 def _send(self, wanted, turn: int | None = None, gesture=None):
     "Carry it out between two steps; `_sent` is called at the end."
     self._sending = True
-    future = self.live.between(lambda run: put(run, wanted, self.live.state))
+    future = self.live.between(lambda run: (*put(run, wanted, self.live.state), (run.index, run.waiting.get("model.edit", ""))))
     future.add_done_callback(lambda f: self._at_home(self._sent, f, turn, gesture))
 
 def _sent(self, future, turn, gesture):
     "It was carried out, or refused."
     self._sending, error = False, future.exception()
-    if error is None and gesture != UNDO and future.result()[0] != future.result()[1]:
-        self._remember(*future.result(), gesture)
-        self._message = ""
-    elif error is not None:
+    if error is None:
+        before, then, self._edit = future.result()
+        if gesture != UNDO and before != then:
+            self._remember(before, then, gesture)
+            self._message = ""
+    else:
         self._say(str(error))
     self._show_gates(turn)
     self._wished() if self._wish else None
@@ -199,8 +202,13 @@ def undo(self):
 
 def thumb(self, name: str):
     "A person's opinion, which is on the tape as a knob is."
-    now = self.live.settings().get(f"optimizer.{name}")
-    self._do(lambda: self.live.change({f"optimizer.{name}": now + 1})) if now is not None else self._say(self.thumbs["Good"].tooltip)
+    now, controller = self.live.settings().get(f"optimizer.{name}"), controller_of(self.run)
+    if now is None:
+        self._say(self.thumbs["Good"].tooltip)
+    elif controller is None or not getattr(controller, "last_change", lambda: True)():  # not built yet, or it has changed nothing
+        self._say("no change of the controller stands that could be liked or not: wait for its next one")
+    else:
+        self._do(lambda: self.live.change({f"optimizer.{name}": now + 1}))
 
 # %% ../../nbs/91_panels.controller.ipynb #0017
 def _turned(self, address, value):
@@ -228,15 +236,17 @@ def _enable(self, on: bool):
     self.grid.locked = not on
 
 # %% ../../nbs/91_panels.controller.ipynb #0019
-def _gates_now(run) -> dict:
-    "A probe for `Live.look`."
-    return gates_of(run.model)
+def _gates_now(run) -> tuple[int, dict]:
+    "A probe for `Live.look`: steps made, and the gates then."
+    return run.index, gates_of(run.model)
 
 def _show_gates(self, heard: int | None = None):
     "Show the gates as they are, or as they will be at the next step."
-    now, text = self.live.look(_gates_now), self.run.waiting.get("model.edit", "")
-    if now is None:  # a step is under way, and nothing was looked at yet
+    seen, text = self.live.look(_gates_now), self.run.waiting.get("model.edit", "")
+    if seen is None:  # a step is under way, and nothing was looked at yet
         return
+    index, now = seen
+    text = text or (self._edit[1] if index <= self._edit[0] else "")  # the step that is under way took it, and was not looked at yet
     gates = after(now, text) if text else now
     if self._shown is None or list(self._shown) != list(gates):
         self.grid.chosen, self.grid.asked, self.grid.bars, self.grid.notes = [], [], [], []

@@ -31,7 +31,7 @@ const STYLE = `
 .al-gates .cell:focus-visible { outline:2px solid #d55e00 !important; outline-offset:1px; }
 .al-gates .cell span { position:absolute; inset:0; display:grid; place-items:center; color:#fff; text-shadow:0 0 2px #000,0 0 2px #000; font-variant-numeric:tabular-nums; pointer-events:none; }
 .al-gates .cell i { position:absolute; left:3px; bottom:2px; height:3px; max-width:calc(100% - 6px); background:#ffc33b; box-shadow:0 0 0 1px rgba(0,0,0,.55); border-radius:1px; pointer-events:none; }
-.al-gates .told { min-height:1.3em; margin:5px 0 0 56px; opacity:.8; white-space:nowrap; font-variant-numeric:tabular-nums; }
+.al-gates .told { min-height:2.5em; margin:5px 0 0 56px; width:0; min-width:calc(100% - 56px); opacity:.8; font-variant-numeric:tabular-nums; }
 .al-gates .locked .cell { cursor:default; }`;
 
 function render({ model, el }) {
