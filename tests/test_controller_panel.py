@@ -473,7 +473,7 @@ def test_a_wish_stays_in_the_picture_while_the_step_that_took_it_is_under_way():
     live._in_thread = False
     panel._show_gates()
     assert panel.grid.gates[0][1] == gates_of(live.run.model)[0, 1] == 0.25
-    panel.live.reset()
+    panel.live.reset({"model.edit": ""})
     panel.draw()
     assert panel.grid.gates[0][1] == 1 and panel._edit == (-1, "")
 
