@@ -244,6 +244,8 @@ def bench_command(argv) -> int:
     options = p.parse_args(argv)
     report = import_module(f"adaptive_lab.bench.{options.name}").bench(quick=options.quick)
     print(report)
+    if options.quick:
+        print("\n--quick shows what is measured and how: its few models, seeds and repeats decide about no bar")
     if options.json:
         write_durably(options.json, [(json.dumps(report.to_dict(), indent=1) + "\n").encode()])
     return 0 if report.holds else 1

@@ -200,6 +200,7 @@ def undo(self):
     back, self._message = {p: before[p] for p in before if before[p] != then[p]}, ""
     self._send(lambda g: {**g, **back}, gesture=UNDO)
 
+# %% ../../nbs/91_panels.controller.ipynb #0017
 def thumb(self, name: str):
     "A person's opinion, which is on the tape as a knob is."
     now, controller = self.live.settings().get(f"optimizer.{name}"), controller_of(self.run)
@@ -210,7 +211,7 @@ def thumb(self, name: str):
     else:
         self._do(lambda: self.live.change({f"optimizer.{name}": now + 1}))
 
-# %% ../../nbs/91_panels.controller.ipynb #0017
+# %% ../../nbs/91_panels.controller.ipynb #0018
 def _turned(self, address, value):
     "A control was moved by a person; a typed edit goes the way of a click."
     if address != "model.edit":
@@ -235,7 +236,7 @@ def _enable(self, on: bool):
     TrainingPanel._enable(self, on)
     self.grid.locked = not on
 
-# %% ../../nbs/91_panels.controller.ipynb #0019
+# %% ../../nbs/91_panels.controller.ipynb #0020
 def _gates_now(run) -> tuple[int, dict]:
     "A probe for `Live.look`: steps made, and the gates then."
     return run.index, gates_of(run.model)
@@ -261,7 +262,7 @@ def _show_costs(self):
             self.grid.bars = rows_of(bars_of(self._shown, self.watch.costs))
             self.grid.notes, self.grid.scale = rows_of(notes_of(self._shown, self.watch.costs, self.watch.entropies), ""), "cost of closing"
 
-# %% ../../nbs/91_panels.controller.ipynb #0020
+# %% ../../nbs/91_panels.controller.ipynb #0021
 def draw(self, leave=frozenset()):
     "Renew the pictures, those that change slowly unless there is something to leave, and the status line."
     watch = self.watch
@@ -283,7 +284,7 @@ def _pictures(self) -> list[str]:
     shown = self._shown or self.watch.gates()
     return [gate_picture(shown, f"gates after step {self.run.index}"), *(p.svg for p in (self.loss, self.timeline, self.front))]
 
-# %% ../../nbs/91_panels.controller.ipynb #0022
+# %% ../../nbs/91_panels.controller.ipynb #0023
 def _accompany(self):
     "See to it that the watch is asked, if there is an event loop."
     if self._company is None or self._company.done():
@@ -314,7 +315,7 @@ async def _keep_company(self):
             self._draw_soon()
             self._show_costs()
 
-# %% ../../nbs/91_panels.controller.ipynb #0023
+# %% ../../nbs/91_panels.controller.ipynb #0024
 def _do(self, act):
     "Carry out a button's action, and watch what becomes of it."
     TrainingPanel._do(self, act)
@@ -325,7 +326,7 @@ def _ipython_display_(self):
     TrainingPanel._ipython_display_(self)
     self._accompany()
 
-# %% ../../nbs/91_panels.controller.ipynb #0024
+# %% ../../nbs/91_panels.controller.ipynb #0025
 for f in (_lay_out, _heading, _make_gate_buttons, _edit_field, _allow_thumbs, _make_text, _wished, _send, _sent, _remember, act, regrow, undo, thumb, _turned, _show_values, _fixed, _enable, _show_gates, _show_costs,
           draw, _show_text, _pictures, _accompany, _keep_company, _do, _ipython_display_):
     setattr(ControllerPanel, f.__name__, f)
