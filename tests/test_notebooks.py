@@ -1,24 +1,28 @@
-"""Every notebook runs from top to bottom, two at a time, each in a kernel of its own.
+"""Every notebook runs from top to bottom, each in a kernel of its own; `conftest.py` starts them.
 
 Cells marked `#| eval: false`, or by a flag of `tst_flags` in settings.ini (notest, slow), are left out; name flags in
 ADAPTIVE_LAB_FLAGS to run them all the same: ADAPTIVE_LAB_FLAGS=slow make test. The workbench is run by the browser tests.
 
 A kept output is a claim too. Where it must come out the same on any machine (see SAME), the text is compared with the fresh one.
 """
+import multiprocessing
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from configparser import ConfigParser
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import nbformat
 import pytest
+from jupyter_client.provisioning import LocalProvisioner
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if p.name != "workbench.ipynb" and ".ipynb_checkpoints" not in p.parts]
-AT_ONCE, A_CELL = 2, 300  # notebooks, seconds
+A_CELL = 300  # seconds
 # Notebooks whose texts depend on no processor, no library's version and no file of the system: whole numbers, messages, short floats.
 SAME = set("00_knobs 01_parts 02_data.streams 03_data.files 04_data.tables 06_data.digits 11_durable 14_store".split())
 
@@ -61,18 +65,52 @@ def run(path, home):
     return "", "\n\n".join(changed)
 
 
+async def launch_warm(self, cmd, *, env, cwd, **_):
+    "In the place of `LocalProvisioner.launch_kernel`: a fork of the process that `begin` started."
+    import warm_kernel  # of its function only the name goes there
+
+    p = self.process = multiprocessing.get_context("forkserver").Process(target=warm_kernel.kernel, args=(cmd[3:], env, cwd))
+    p.start()
+    p.poll, p.wait, p.send_signal = lambda: p.exitcode, p.join, lambda number: os.kill(p.pid, number)  # as of a Popen
+    p.stdin = p.stdout = p.stderr = None
+    self.pid, self.cwd = p.pid, cwd
+    return self.connection_info
+
+
+def begin(gate):
+    "In a process that runs notebooks: its kernels start warm, where a process with torch in it can be forked."
+    global GATE
+    GATE = gate
+    if sys.platform == "linux":
+        os.environ |= dict(OMP_NUM_THREADS="1", MPLBACKEND="module://matplotlib_inline.backend_inline")  # read when they are imported
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["warm_kernel"])
+        forkserver.ensure_running()
+        LocalProvisioner.launch_kernel = launch_warm
+
+
+def run_in_turn(path, home):
+    "Run a notebook when it may."
+    with GATE:
+        return run(path, home)
+
+
+class Running(NamedTuple):
+    "All chosen notebooks."
+
+    gate: Any  # a semaphore: how many may run at once
+    found: dict  # path -> future of what `run` gives
+
+
 @pytest.fixture(scope="session")
-def running(request, tmp_path_factory):
-    "The notebooks chosen in this session, all started, as futures by path."
-    chosen = [i.callspec.params["path"] for i in request.session.items if i.originalname == "test_notebook_runs"]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {p: pool.submit(run, p, tmp_path_factory.mktemp("ipython")) for p in chosen}
-        pool.shutdown(wait=False, cancel_futures=True)
+def found(running):
+    "The notebooks as futures by path; by now nothing else runs, so that one more may run at once."
+    running.gate.release()
+    return running.found
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
-def test_notebook_runs(path, running):
-    error, changed = running[path].result()
+def test_notebook_runs(path, found):
+    error, changed = found[path].result()
     if error:
         pytest.fail(error, pytrace=False)
     if changed and path.stem in SAME:
