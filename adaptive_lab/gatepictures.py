@@ -132,7 +132,7 @@ def front_picture(
     front,  # (m, 2) those that no other beats in both
     here=None,  # (heads open, loss) now
     heads: int | None = None,  # how many there can be
-    title: str = "heads against loss",
+    title: str = "held-out loss, nats per byte",
     width: int = 300,
     height: int = 150,
 ) -> SVG:
@@ -150,7 +150,7 @@ def front_picture(
         out.append(f'<path d="M{left} {y:.1f}H{right}" stroke="currentColor" stroke-opacity=".12"/><text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{v:g}</text>')
     for v in (v for v in ticks(*frame.xlim) if v == int(v)):
         out.append(f'<text x="{frame.to_pixels((v, 0))[0]:.1f}" y="{bottom + 13}" text-anchor="middle">{v:g}</text>')
-    out.append(f'<text x="{right}" y="{bottom + 25}" text-anchor="end" fill-opacity=".7">heads open (loss upwards)</text>')
+    out.append(f'<text x="{right}" y="{bottom + 25}" text-anchor="end" fill-opacity=".7">heads open</text>')
     body = "".join(out) + _places(frame.to_pixels(p[p[:, 1] <= ylim[1]]), frame.to_pixels(f[np.argsort(f[:, 0])]), frame.to_pixels(now), frame.box)
     words = f"{len(p)} seen, {len(f)} on the front" + (f"; now {now[0, 0]:g} heads and loss {now[0, 1]:.3f}" if len(now) else "")
     return picture(body, width, height, title, words)

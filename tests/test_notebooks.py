@@ -23,6 +23,7 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if p.name != "workbench.ipynb" and ".ipynb_checkpoints" not in p.parts]
 A_CELL = 300  # seconds
+HEAVY = ["ipykernel.kernelapp", "matplotlib.figure", "torch._dynamo"]  # what most notebooks import: 4 CPU-seconds, 150 times. Nothing of the project
 # Notebooks whose texts depend on no processor, no library's version and no file of the system: whole numbers, messages, short floats.
 SAME = set("00_knobs 01_parts 02_data.streams 03_data.files 04_data.tables 06_data.digits 11_durable 14_store".split())
 
@@ -83,7 +84,7 @@ def begin(gate):
     GATE = gate
     if sys.platform == "linux":
         os.environ |= dict(OMP_NUM_THREADS="1", MPLBACKEND="module://matplotlib_inline.backend_inline")  # read when they are imported
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["warm_kernel"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(HEAVY)
         forkserver.ensure_running()
         LocalProvisioner.launch_kernel = launch_warm
 

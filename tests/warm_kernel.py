@@ -1,18 +1,13 @@
-"""What a notebook's kernel is forked from: a process that has imported the heavy libraries, and nothing of the project.
-
-Nearly every notebook imports torch, and its first optimizer torch's compiler: 4 CPU-seconds, 150 times.
-"""
+"A notebook's kernel in a forked process."
 import os
-
-import ipykernel.kernelapp
-import matplotlib.figure  # noqa: F401
-import torch._dynamo  # noqa: F401
 
 
 def kernel(arguments, env, cwd):
-    "In the forked process: a kernel, until it is told to end."
+    "A kernel, until it is told to end."
+    from ipykernel.kernelapp import launch_new_instance
+
     os.setsid()  # what it starts is not of the tests' own group
     os.environ.clear()
-    os.environ.update(env, JPY_PARENT_PID=str(os.getppid()))  # it ends with the process that it was forked from
+    os.environ.update(env)
     os.chdir(cwd)
-    ipykernel.kernelapp.launch_new_instance(arguments)
+    launch_new_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])  # it ends with the process that it was forked from
