@@ -313,7 +313,7 @@ def bench(quick: bool = False) -> Report:
     from tqdm.auto import tqdm
 
     sizes, turns, pairs = (SIZES[3:], 3, 20) if quick else (SIZES, 5, 200)
-    subjects = [replace(s, layers=4, dim=32, steps=100, limit=60_000) for s in SUBJECTS[:2]] if quick else SUBJECTS
+    subjects = [replace(s, layers=3, dim=32, steps=100, limit=60_000) for s in SUBJECTS[:2]] if quick else SUBJECTS
     cases = [(size, share, ffn) for size in sizes for share in (0.25, 0.5, 0.75) for ffn in (False, True)]
     same = [difference(drawn(1000 + seed), seed) for seed in range(pairs)]
     fast = [speeds(*case, turns) for case in tqdm(cases, "timing", delay=2)]
