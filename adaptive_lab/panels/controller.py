@@ -89,7 +89,7 @@ def _lay_out(self, live, fixed):
     self.grid, self.timeline, self.front = GateGrid(label="gates of the model"), Picture(), Picture()
     self.grid.show(self.watch.gates())
     self.grid.observe(lambda _: self._at_home(self._wished), "turn")
-    self.facts, self.text = w.HTML(facts_html(self.watch)), w.HTML(passages_html([]), layout=dict(width="100%"))
+    self.facts, self.text = w.HTML(facts_html(self.watch)), w.HTML(passages_html([]), layout=dict(width="100%", margin="0"))
     shown = [c for c in live if c not in [self.controls[a] for a in HIDDEN if a in self.controls]]
     at_reset = w.Accordion([w.VBox(fixed)], titles=("At the next reset",))
     right = w.VBox([self._edit_field(), *shown, at_reset, self._make_export()], layout=dict(flex="1 1 320px", max_width="430px"))
