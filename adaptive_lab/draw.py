@@ -78,13 +78,13 @@ def thin(x, y, most: int = 240):
 
 # %% ../nbs/80_draw.ipynb #0015
 def _path(x, y, xlim, ylim, box) -> str:
-    "The `d` attribute of a line through finite points; values outside the area are drawn on its edge."
+    "The `d` attribute of a line through finite points (a dot for one); values outside the area are drawn on its edge."
     left, top, right, bottom = box
     ok = np.isfinite(x) & np.isfinite(y)
     px = left + (x[ok] - xlim[0]) / ((xlim[1] - xlim[0]) or 1) * (right - left)
     py = bottom - (np.clip(y[ok], *ylim) - ylim[0]) / ((ylim[1] - ylim[0]) or 1) * (bottom - top)
     points = np.rint(np.stack([px, py], 1) * 10).astype(int)  # tenths of a pixel: short text
-    return "M" + "L".join(f"{a / 10:g} {b / 10:g}" for a, b in points.tolist()) if len(points) else ""
+    return "M" + "L".join(f"{a / 10:g} {b / 10:g}" for a, b in points.tolist()) + "h0" * (len(points) == 1) if len(points) else ""
 
 # %% ../nbs/80_draw.ipynb #0016
 def _limits(values, given=None) -> tuple[float, float]:
@@ -119,7 +119,8 @@ def curves(
         out.append(f'<path d="M{px:.1f} {box[1]}V{box[3]}" stroke="currentColor" stroke-opacity=".45" stroke-dasharray="3 3"><title>{escape(text)}</title></path>')
     for i, (name, (x, y)) in enumerate(drawn.items()):
         color = COLORS[i % len(COLORS)]
-        out.append(f'<path d="{_path(x, y, xlim, ylim, box)}" fill="none" stroke="{color}" stroke-width="1.6" stroke-linejoin="round"/>')
+        pen = 'stroke-width="6" stroke-linecap="round"' if len(x) == 1 else 'stroke-width="1.6" stroke-linejoin="round"'
+        out.append(f'<path d="{_path(x, y, xlim, ylim, box)}" fill="none" stroke="{color}" {pen}/>')
         if len(drawn) > 1:
             out.append(f'<path d="M{box[2] + 8} {34 + 15 * i}h12" stroke="{color}" stroke-width="3"/><text x="{box[2] + 24}" y="{38 + 15 * i}">{escape(name)}</text>')
     return picture("".join(out), width, height, title)

@@ -489,3 +489,15 @@ def test_a_thumb_does_not_press_rewards_flat():
     heights = lambda svg: [float(y) for y in re.findall(r"V([\d.]+)\"", svg)]
     alone, beside = heights(timeline(rewards)), heights(timeline([*rewards, Mark(3, "thumb", -1.0, "c")]))
     assert beside[:2] == alone and beside[2] > max(alone)
+
+
+def test_before_the_first_step_the_pictures_show_what_was_measured():
+    async def look():
+        panel = ControllerPanel(recipe("controlled_adam"))
+        panel._accompany()
+        while not panel.watch.losses or "now" not in panel.front.svg:
+            await asyncio.sleep(0.02)
+        return panel
+
+    panel = asyncio.run(asyncio.wait_for(look(), 60))
+    assert "decisions and their rewards" in panel.timeline.svg and "h0" in panel.loss.svg

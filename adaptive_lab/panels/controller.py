@@ -269,7 +269,7 @@ def draw(self, leave=frozenset()):
     self._show_gates()
     self.loss.svg = losses_view(watch, width=400, height=220)
     self.facts.value = facts_html(watch, self._reference)
-    if not leave or not self.timeline.svg:
+    if not leave or not self.timeline.svg or self.live.state != "running":
         self.timeline.svg, self.front.svg = timeline_view(watch, width=450, height=136), front_view(watch, width=290, height=136)
         self._show_costs()
         self._show_text()
