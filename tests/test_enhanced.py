@@ -106,3 +106,32 @@ def test_bad_held_out_data_change_nothing_in_a_stream():
 def test_a_seed_is_a_whole_number(seed):
     with pytest.raises(ValueError, match="seed="):
         EnhancedController(2, 4, seed=seed)
+
+
+def test_a_decision_is_the_same_in_inference_mode():
+    one, two = (EnhancedController(2, 4, rollout=1) for _ in range(2))
+    m = model()
+    twin = copy.deepcopy(m)
+    made = [one.decide(m, *TEXT, step) for step in range(3)]
+    with torch.inference_mode():
+        text = TEXT.clone()
+        assert made == [two.decide(twin, *text, step) for step in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+def test_a_diverged_model_teaches_a_stream_nothing():
+    m, c = model(), EnhancedController(2, 4, every=1, feedback="continuous", rollout=1)
+    with torch.no_grad():
+        m.logits.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        c.follow(types.SimpleNamespace(model=m, loss=3.0, index=0, optimizer=None), *TEXT)
+    assert not c._pending and not c.decisions and (m.gate_heads == 1).all()
+
+
+def test_lbfgs_cannot_be_cut_and_is_told_so():
+    m = model()
+    lbfgs = torch.optim.LBFGS(m.parameters())
+    m.set_gate(0, 1, 0)
+    with pytest.raises(ValueError, match="LBFGS"):
+        m.prune(lbfgs)
+    assert m.present_heads.all() and m.prune() == [(0, 1)]

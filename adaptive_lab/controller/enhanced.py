@@ -158,7 +158,8 @@ def decide(self, model: AdaptiveTransformer, X: Tensor, y: Tensor, step: int = 0
     self._check_model(model)
     check_text(model, X, y)
     chance = self.generator.get_state()
-    with torch.autocast(X.device.type, enabled=False):
+    with torch.inference_mode(False), torch.autocast(X.device.type, enabled=False):
+        X, y = X.clone(), y.clone()  # what was made in inference mode cannot be differentiated through
         seen, may = see(model, X, y, self.effects), self.allowed(model)
         tried = self.propose(seen, may, self.knobs.candidates)
         try:

@@ -17,12 +17,15 @@ from .slopes import slopes
 SEEN = 6  # numbers a head
 
 def see(model: AdaptiveTransformer, X: Tensor, y: Tensor, effects: Tensor) -> Tensor:  # effects (layers, heads, 2) -> (layers, heads, SEEN)
-    "What the policy is shown of each head. Slopes are in units of their mean size."
+    "What the policy is shown of each head. Slopes are in units of their mean size. Raises `ValueError` when one is not finite."
     relative = lambda s: (s / s.abs().mean().clamp_min(1e-12)).float()
     half, at_one = (relative(slopes(model, X, y, level).mean(0)) for level in (0.5, 1.0))
     open_ = open_parts(model).heads.float()
     full = open_.mean(1, keepdim=True).expand_as(open_)
-    return torch.cat([torch.stack([half.clamp(-5, 5), at_one.abs().clamp(0, 5), open_, full], -1), effects], -1)
+    seen = torch.cat([torch.stack([half.clamp(-5, 5), at_one.abs().clamp(0, 5), open_, full], -1), effects], -1)
+    if not seen.isfinite().all():
+        raise ValueError("a slope of the held-out loss is not finite: look for a diverged model; nothing was changed")
+    return seen
 
 # %% ../../nbs/35_controller.head_policy.ipynb #0009
 class Policy(nn.Module):

@@ -56,6 +56,8 @@ def _from(t: Tensor, axis: int, start: int) -> Tensor:
 
 def _change(place, data, kept, optimizer):
     "Replace the data of a parameter by `data(...)` of it, copies of it likewise, and the optimizer's averages by `kept(...)` of them."
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS keeps all parameters in one vector, out of which no rows can be cut: change the model without it, and then make a new one; nothing was changed")
     if getattr(optimizer, "swapped", False):
         raise ValueError("the parameters hold their slow weights now, and others wait to come back: leave slow_weights() first; nothing was changed")
     p, state = place.parameter, (optimizer.state.get(place.parameter, {}) if optimizer is not None else {})
