@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from .costs import open_parts
 from .decisions import Archive, Decision
-from .feedback import MovingAverage, Stream, Timing, Worth, finite, potential
+from .feedback import MovingAverage, Stream, Timing, Worth, checked_budget, finite, potential
 from .forward_steps import check_text
 from .head_policy import SEEN, Policy, see
 from .learner_states import read_adam
 from .masks import losses_of
 from .model import AdaptiveTransformer
-from .policy_gradient import discounted, entropy, gae, log_prob, masked, normalised, ppo_loss, reinforce_loss, value_loss
+from .policy_gradient import discounted, entropy, gae, log_prob, masked, normalised, ppo_loss, reinforce_loss, value_loss, whole
 from ..knobs import knob
 
 # %% ../../nbs/37_controller.enhanced.ipynb #0006
@@ -48,11 +48,8 @@ class EnhancedController(nn.Module):
         for name, n in (("num_layers", num_layers), ("num_heads", num_heads)):
             if not isinstance(n, int) or isinstance(n, bool) or n < 1:
                 raise ValueError(f"{name}={n!r} is not allowed: a whole number, 1 or more")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed={seed!r} is not allowed: a whole number")
-        self.num_layers, self.num_heads = num_layers, num_heads
-        self.knobs = self._with_budget(Control(**knobs))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.knobs, self.num_layers, self.num_heads = checked_budget(Control(**knobs), num_layers * num_heads), num_layers, num_heads
+        self.generator = torch.Generator().manual_seed(whole("seed", seed, -(2**63)))
         self.policy = Policy(generator=self.generator)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.knobs.learning_rate)
         self.register_buffer("effects", torch.zeros(num_layers, num_heads, 2))  # what the last change of a head brought, and how fresh it is
@@ -88,19 +85,13 @@ for f in (allowed, propose, act):
     setattr(EnhancedController, f.__name__, f)
 
 # %% ../../nbs/37_controller.enhanced.ipynb #0011
-def _with_budget(self, knobs: Control) -> Control:
-    "The knobs, if their budget is of one head at least."
-    if knobs.budget * (n := self.num_layers * self.num_heads) < 1:
-        raise ValueError(f"budget={knobs.budget:g} of {n} heads is none: one head is a budget of {1 / n:.2g}")
-    return knobs
-
 def _check_model(self, model: AdaptiveTransformer):
     if not isinstance(model, AdaptiveTransformer):
         raise ValueError(f"model is a {type(model).__name__}: a controller needs an AdaptiveTransformer, whose heads have gates")
     if (model.num_layers, model.num_heads) != (self.num_layers, self.num_heads):
         raise ValueError(f"model has {model.num_layers} × {model.num_heads} heads and this controller {self.num_layers} × {self.num_heads}: make one for the model")
 
-EnhancedController._with_budget, EnhancedController._check_model = _with_budget, _check_model
+EnhancedController._check_model = _check_model
 
 # %% ../../nbs/37_controller.enhanced.ipynb #0013
 def update_policy(self, reward) -> dict:
@@ -175,9 +166,7 @@ def decide(self, model: AdaptiveTransformer, X: Tensor, y: Tensor, step: int = 0
         self.act(seen, may, action)
         self.update_policy(reward)
         self._compare(seen, may, tried, rewards)
-        if action < len(may) - 1:
-            self._last = (seen, may)
-        return self._carry_out(model, action, reward, losses[3 + best] if reward > 0 else losses[0], step, optimizer)
+        return self._carry_out(model, (seen, may), action, reward, losses[3 + best] if reward > 0 else losses[0], step, optimizer)
 
 EnhancedController.decide = decide
 
@@ -227,8 +216,8 @@ def _compare(self, seen: Tensor, may: Tensor, tried: Tensor, rewards: Tensor):
         advantages = (rewards - (rewards.sum() - rewards) / (n - 1)) / rewards.abs().max().clamp_min(1e-6)
         self._step(reinforce_loss(log_prob(scores.expand(n, -1), tried), advantages) - self.knobs.exploration * entropy(scores))
 
-def _carry_out(self, model, action, reward, loss, step, optimizer) -> Decision:
-    "Do it, and remember what it brought."
+def _carry_out(self, model, looked, action, reward, loss, step, optimizer) -> Decision:
+    "Do it, and remember what it brought; of a change also what was seen before it."
     n, kind, changes, before = self.num_layers * self.num_heads, "keep", (), ()
     self.effects[..., 1] *= 0.8
     if action < n:
@@ -238,7 +227,7 @@ def _carry_out(self, model, action, reward, loss, step, optimizer) -> Decision:
             _bring_back(model, layer, head, optimizer)
         changes, before = ((layer, head, value),), (float(model.gate_heads[layer, head]),)
         model.set_gate(layer, head, value)
-        self.effects[layer, head] = torch.tensor([reward, 1.0])
+        self.effects[layer, head], self._last = torch.tensor([reward, 1.0]), looked
     self._remove(model, optimizer)
     return self._note(Decision(step, kind, changes, reward, loss, int(open_parts(model).heads.sum()), model.gate_heads.tolist(), before))
 
@@ -282,9 +271,7 @@ def _listen(self, step, X: Tensor, y: Tensor) -> Decision:
         self.update_policy(float(np.tanh(heard - now + self.knobs.efficiency_factor * (was - kept))))
     self._heard = (now, kept)
     action = self.act(*looked)
-    if action < self.num_layers * self.num_heads:
-        self._last = looked
-    return self._carry_out(model, action, self.baseline.value or 0.0, now, step.index, step.optimizer)
+    return self._carry_out(model, looked, action, self.baseline.value or 0.0, now, step.index, step.optimizer)
 
 EnhancedController._listen, EnhancedController._heard = _listen, (0.0, 1.0)
 
@@ -336,7 +323,7 @@ def get_extra_state(self) -> dict:
 
 def set_extra_state(self, state: dict):
     state = copy.deepcopy(state)  # else what is saved and what goes on would share Adam's averages
-    self.knobs = self.stream.timing = self._with_budget(Control(**state["knobs"]))
+    self.knobs = self.stream.timing = checked_budget(Control(**state["knobs"]), self.num_layers * self.num_heads)
     self.optimizer.load_state_dict(read_adam(self.optimizer, state["optimizer"]))
     self.generator.set_state(state["generator"])
     self.baseline.load_state_dict(state["baseline"])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from gymnasium.error import ResetNeeded
 
-from .feedback import Worth, potential
+from .feedback import Worth, checked_budget, potential
 from .masks import Losses, ModelLosses, check_masks
 from .measures import checked
 from .model import AdaptiveTransformer
@@ -38,14 +38,13 @@ class PruneEnv(gymnasium.Env):
     ):
         self.losses = _losses(what, X, y)
         self.worth, self.shape = Worth(**worth), (self.losses.layers, self.losses.heads)
-        n, there = self.losses.layers * self.losses.heads, _there(self.losses).sum()
-        if self.worth.budget * there < 1:
-            raise ValueError(f"budget={self.worth.budget:g} of {there} heads is none: a budget of one head is {1 / there:.2g}")
+        n = self.losses.layers * self.losses.heads
+        checked_budget(self.worth, _there(self.losses).sum())
         self.features = np.zeros((n, 0), np.float32) if features is None else _features(features, self.shape)
         self.max_steps = whole("max_steps", 2 * n if max_steps is None else max_steps)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode={render_mode!r} is not allowed: 'ansi', or None")
-        self.render_mode, self.mask, self.over, self.ends, self.measured = render_mode, None, True, None, self.losses.version
+        self.render_mode, self.mask, self.over, self.ends, self.measured = render_mode, None, True, None, None
         self.action_space = gymnasium.spaces.Discrete(n + 1)
         self.observation_space = gymnasium.spaces.Box(-10, 10, (n * (1 + self.features.shape[1]) + 4,), np.float32)
 
