@@ -494,10 +494,12 @@ def test_a_thumb_does_not_press_rewards_flat():
 def test_before_the_first_step_the_pictures_show_what_was_measured():
     async def look():
         panel = ControllerPanel(recipe("controlled_adam"))
+        panel.draw()
+        assert "now" not in panel.front.svg  # nothing was measured yet
         panel._accompany()
         while not panel.watch.losses or "now" not in panel.front.svg:
             await asyncio.sleep(0.02)
         return panel
 
-    panel = asyncio.run(asyncio.wait_for(look(), 60))
+    panel = asyncio.run(asyncio.wait_for(look(), 20))
     assert "decisions and their rewards" in panel.timeline.svg and "h0" in panel.loss.svg
