@@ -44,7 +44,7 @@ class PruneEnv(gymnasium.Env):
         self.max_steps = whole("max_steps", 2 * n if max_steps is None else max_steps)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode={render_mode!r} is not allowed: 'ansi', or None")
-        self.render_mode, self.mask, self.over, self.ends, self.measured = render_mode, None, True, None, None
+        self.render_mode, self.mask, self.over, self.ends, self.measured = render_mode, None, True, None, self.losses.version  # who knows the ends may set them
         self.action_space = gymnasium.spaces.Discrete(n + 1)
         self.observation_space = gymnasium.spaces.Box(-10, 10, (n * (1 + self.features.shape[1]) + 4,), np.float32)
 
