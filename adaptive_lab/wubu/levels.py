@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'fit_list', 'PerLevel', 'WuBuConfig', 'raw_for', 'Positive', 'Level', 'c', 's', 'sigma', 'Frame',
-           'WuBuLevels', 'frames', 'step', 'forward', 'states', 'level_at', 'set_curvature', 'set_scale', 'set_spread',
+           'WuBuLevels', 'frames', 'forward', 'states', 'level_at', 'set_curvature', 'set_scale', 'set_spread',
            'boundary_points', 'descriptor']
 
 # %% ../../nbs/52_wubu.levels.ipynb #0003
@@ -160,8 +160,8 @@ Level.c, Level.s, Level.sigma = property(c), property(s), property(sigma)
 class Frame(NamedTuple):
     "What level i needs beside its input."
 
-    k: Tensor  # () 2 √c s
-    turn: Tensor | None  # rotation into this level
+    k: Tensor  # () 2 √c s / √n: from V to the ball
+    turn: Tensor | None  # the dilation and the rotation into this level
     centre: Tensor | None  # (1, n) descriptor, as a point
     marks: Tensor | None  # (K, n) landmarks, as points
     spread: Tensor | None  # (K,) their spreads in the unit of D
@@ -180,46 +180,50 @@ class WuBuLevels(nn.Module):
         hidden = config.transform_hidden_dims or [None] * len(dims)
         self.maps = nn.ModuleList(map(lambda *a: TangentMap(*a, config.dropout), config.transform_types, dims, dims[1:], hidden))
 
+    def step(self, i: int, V: Tensor, turn: Tensor) -> Tensor:  # (…, n of level i − 1) -> (…, n of level i)
+        "T̃(R(dilation · V)): into level i."
+        return self.maps[i - 1](turned(V, turn))
+
 # %% ../../nbs/52_wubu.levels.ipynb #0018
 def frames(self) -> list[Frame]:
     "The frame of each level, from the weights as they are."
     out, below = [], None
     for i, level in enumerate(self.levels):
-        k, root = 2 * level.c.sqrt() * level.s, level.c.sqrt()
-        turn = self.rotations[i - 1].now() if i else None
-        centre, own = (None if w is None else self.world.read(k * w) for w in (level.descriptor, level.boundary))
+        root, unit, turn = level.c.sqrt(), level.n**0.5, None
+        k = 2 * root * level.s / unit
+        centre, own = (None if w is None else self.world.read(k * unit * w) for w in (level.descriptor, level.boundary))
         sigma = torch.full_like(k, 2.0) if level.spread is None else root * level.sigma
-        marks = [] if own is None else [own]
-        spread = [sigma.expand(len(m)) for m in marks]
-        if i and (carried := [p for p in below[:2] if p is not None]):
-            u = self.step(i, self.world.tangent(torch.cat(carried)) / out[-1].k, out[-1].k / k, turn)
-            marks, spread = [*marks, self.world.read(k * u)], [*spread, below[2].expand(len(u))]
-        below = own, centre, sigma
-        out.append(Frame(k, turn, centre, torch.cat(marks) if marks else None, torch.cat(spread) if spread else None))
+        marks = [] if own is None else [(own, sigma)]
+        if i:
+            lower, *points, spread = below
+            R, dilation = self.rotations[i - 1].now(), lower / (k * unit)
+            turn = dilation if R is None else dilation * R
+            if carried := [p for p in points if p is not None]:
+                V = self.step(i, self.world.tangent(torch.cat(carried), 1 / out[-1].k), turn)
+                marks.append((self.world.read(k * V), spread))
+        below = k * unit, own, centre, sigma
+        spreads = [spread.expand(len(p)) for p, spread in marks]
+        out.append(Frame(k, turn, centre, *[torch.cat(part) if part else None for part in ([p for p, _ in marks], spreads)]))
     return out
 
-def step(self, i: int, v: Tensor, dilation: Tensor, turn: Tensor | None) -> Tensor:  # (…, n of i − 1) -> (…, n of i)
-    "T̃(R(dilation · v)): from level i − 1 to level i."
-    return self.maps[i - 1](turned(dilation * v, turn))
-
-WuBuLevels.frames, WuBuLevels.step = frames, step
+WuBuLevels.frames = frames
 
 # %% ../../nbs/52_wubu.levels.ipynb #0020
-def forward(self, u: Tensor, f: Frame, world: type) -> Tensor:  # (…, n) -> (…, n)
-    "What arrives at the level → its tangent output."
-    p, unit = world.read(f.k * u), self.n**0.5
+def forward(self, V: Tensor, f: Frame, world: type) -> Tensor:  # (…, n) -> (…, n)
+    "What arrives at the level → its tangent output, both in the unit of the networks."
+    p = world.read(f.k * V)
     p = p if f.centre is None else world.translate(f.centre, p)
-    v = world.tangent(p) / f.k
-    seen = [v * unit]
+    V = world.tangent(p, 1 / f.k)
+    seen = [V]
     if f.marks is not None:
         at = world.relate(p, f.marks)
         counts, far = weights(at.squared, f.spread, self.how)
-        seen += [far] if self.how == "none" else [mean_way(p, f.marks, at, counts) * (unit / f.k), far]
-    y = v + self.combine(torch.cat(seen, -1)) / unit
-    p = world.read(f.k * y)
+        seen += [far] if self.how == "none" else [mean_way(p, f.marks, at, counts / f.k), far]
+    Y = V + self.combine(torch.cat(seen, -1))
+    p = world.read(f.k * Y)
     if self.flow is not None:
-        p = world.translate(p, world.read(f.k * self.flow_scale / unit * self.flow(y * unit)))
-    return world.tangent(p) / f.k
+        p = world.translate(p, world.read(f.k * self.flow_scale * self.flow(Y)))
+    return world.tangent(p, 1 / f.k)
 
 Level.forward = forward
 
@@ -233,11 +237,10 @@ def states(
     if x.shape[-1] != self.enter.in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}: its last axis must be input_dim={self.enter.in_features}")
     with torch.autocast(x.device.type, enabled=False):
-        frames, out = frames or self.frames(), []
-        u = self.enter(x.to(self.enter.weight.dtype)) / self.levels[0].n ** 0.5
-        for i, (level, f) in enumerate(zip(self.levels, frames)):
-            u = self.step(i, out[-1], frames[i - 1].k / f.k, f.turn) if i else u
-            out.append(level(u, f, self.world))
+        V, out = self.enter(x.to(self.enter.weight.dtype)), []
+        for i, (level, f) in enumerate(zip(self.levels, frames or self.frames())):
+            V = level(self.step(i, V, f.turn) if i else V, f, self.world)
+            out.append(V / level.n**0.5)
     return out
 
 def forward(self, x: Tensor, frames: list[Frame] | None = None) -> Tensor:  # (…, input_dim) -> (…, sum of hyperbolic_dims)

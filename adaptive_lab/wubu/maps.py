@@ -56,11 +56,11 @@ def network(
     return kinds[kind]()
 
 class TangentMap(nn.Module):
-    "keep(u) + network(√n u) / √m: from the tangent space of a level (…, n) to the next one's (…, m)."
+    "√(m/n)·keep(V) + network(V): from √n·v of a level, (…, n), to √m·u of the next one, (…, m)."
 
     def __init__(self, kind: str, n: int, m: int, hidden: int | None = None, dropout: float = 0.0):
         super().__init__()
-        self.n, self.m, self.network = n, m, network(kind, n, m, hidden, dropout)
+        self.m, self.ratio, self.network = m, (m / n) ** 0.5, network(kind, n, m, hidden, dropout)
 
-    def forward(self, u: Tensor) -> Tensor:
-        return keep(u, self.m) + self.network(u * self.n**0.5) * self.m**-0.5
+    def forward(self, V: Tensor) -> Tensor:
+        return keep(V, self.m) * self.ratio + self.network(V)

@@ -48,14 +48,16 @@ def cayley(A: Tensor) -> Tensor:  # (n, n) -> (n, n)
 # %% ../../nbs/51_wubu.rotations.ipynb #0014
 def turned(
     x: Tensor,  # (…, n)
-    R: Tensor | None,  # (n, n), or (n / 4, 4, 4), or None: not turned
+    R: Tensor | None,  # (n, n), or (n / 4, 4, 4), or (): only longer, or None: not turned
 ) -> Tensor:  # (…, n)
     "R x, in the precision of R, whatever autocast says."
     if R is None:
         return x
     with torch.autocast(R.device.type, enabled=False):
         x = x.to(R.dtype)
-        return x @ R.T if R.dim() == 2 else torch.einsum("bij,...bj->...bi", R, x.unflatten(-1, (-1, 4))).flatten(-2)
+        if R.dim() < 3:
+            return x @ R.T if R.dim() else x * R
+        return torch.einsum("bij,...bj->...bi", R, x.unflatten(-1, (-1, 4))).flatten(-2)
 
 class Rotation(nn.Module):
     "x ↦ x; the base of the others, (…, n) → (…, n)."
