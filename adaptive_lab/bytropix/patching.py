@@ -39,11 +39,13 @@ class Rule:
         after,  # (256, 256) bool: the byte before and the byte after which a patch may end
         stride: float,  # bytes, 1 or more; counted in sixteenths
     ):
+        flags, after = utf8_flags(), np.asarray(after, bool)
         if not 1 <= stride <= 2**20:
             raise ValueError(f"stride={stride!r} is not allowed: it is 1 to {2**20} bytes")
-        flags = utf8_flags()
+        if after.shape != flags.shape:
+            raise ValueError(f"after has shape {after.shape}: give one truth for each pair of bytes, (256, 256)")
         self.name, self.sixteenths = name, round(stride * 16)
-        self.code = (flags | END * (np.asarray(after, bool) & (flags & OPEN == 0))).astype(np.uint8).ravel()
+        self.code = (flags | END * (after & (flags & OPEN == 0))).astype(np.uint8).ravel()
 
     def __repr__(self):
         return f"<{type(self).__name__} {self.name}>"
@@ -209,9 +211,12 @@ class EntropyTable(Rule):
         threshold: float,  # bits
         longest: int = 24,  # bytes, 4 or more
     ):
-        if longest < 4:
-            raise ValueError(f"longest={longest} is not allowed: a character may have 4 bytes")
-        self.bits, self.threshold, self.longest = (np.asarray(bits) * 64).round() / 64, threshold, longest
+        bits = np.asarray(bits, float)
+        if bits.shape != (256, 256) or not (bits.min() >= 0 and bits.max() <= 32):
+            raise ValueError(f"bits has shape {bits.shape}, from {bits.min()} to {bits.max()}: give entropies of 0 to 32 bits, (256, 256)")
+        if threshold != threshold or longest < 4:
+            raise ValueError(f"threshold={threshold}, longest={longest} are not allowed: a number of bits, and 4 bytes or more, as a character may have 4")
+        self.bits, self.threshold, self.longest = (bits * 64).round() / 64, threshold, longest
         super().__init__("n-gram entropy", self.bits >= threshold, longest - 3)
 
 # %% ../../nbs/56_bytropix.patching.ipynb #0032
