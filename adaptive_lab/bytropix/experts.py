@@ -136,7 +136,7 @@ def rows_by_tensors(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]
         q = back[:, None] * (p[parent] if parent >= 0 else torch.full((1, 256), 1 / 256))
         own = ((n - D[n.clamp(0, 3)]) / total[row].clamp_min(1)).float() * (n > 0)
         q[row, torch.from_numpy(t.symbols)[entry].long()] += own
-        most = torch.zeros(len(key), dtype=torch.int64).index_reduce_(0, row, n, "amax")
+        most = torch.zeros(len(key), dtype=torch.int64).scatter_reduce_(0, row, n, "amax")
         p.append(q)
         seen.append(torch.stack([total, kinds[:, 1:].sum(1), most.double()], 1).float())
     return torch.stack(p, 1), torch.stack(seen, 1)
