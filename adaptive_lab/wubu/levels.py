@@ -130,7 +130,8 @@ class Level(nn.Module):
         self.curvature = Positive("curvature", k.initial_curvatures[i], k.curvature_min_value, not k.no_learnable_curvature)
         self.scale = Positive("scale", k.initial_scales[i], k.scale_min_value, not k.no_learnable_scales)
         self.has_landmarks = bool(P + inherited)
-        if self.has_landmarks and not k.no_level_spread:
+        carries = P or (i + 1 < k.num_levels and not k.no_level_descriptors)  # landmarks here or below have this spread
+        if carries and not k.no_level_spread:
             sigma = (k.initial_spread_values or [None] * k.num_levels)[i] or 2 * k.initial_scales[i]
             self.spread = Positive("spread", sigma, k.spread_min_value, not k.no_learnable_spread)
         else:
@@ -271,7 +272,7 @@ def set_scale(self, i: int, value: float):
 def set_spread(self, i: int, value: float):
     "Make σ of level i `value`, in place. Raises `ValueError` where the spread is left out."
     if (spread := self.level_at(i).spread) is None:
-        raise ValueError(f"level {i} has no spread: no_level_spread is set, or the level has no landmarks")
+        raise ValueError(f"level {i} has no spread: no_level_spread is set, or it has no landmarks and passes none on")
     spread.set(value)
 
 WuBuLevels.level_at, WuBuLevels.set_curvature, WuBuLevels.set_scale, WuBuLevels.set_spread = level_at, set_curvature, set_scale, set_spread
