@@ -105,13 +105,13 @@ def _marked(x: Tensor) -> Tensor:  # (1, n) -> (m,)
     return h[(h != UNKNOWN) & (h >> 8 & 31 == 0)]
 
 # %% ../../nbs/60_bytropix.experts.ipynb #0014
-def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (B, T) int64 -> (B, T, K, 256), (B, T, K, 3)
-    "Log-probabilities, and log(1 + total), log(1 + different bytes), log(1 + greatest count) of each context."
-    here, K = x.device, len(self.kinds)
+def forward(self, x: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:  # (B, T) int64 -> (B, T − before, K, 256), (B, T − before, K, 3)
+    "Behind the first bytes: log-probabilities; and log(1 + total), log(1 + different bytes), log(1 + greatest count) of each context."
+    here, K, T = x.device, len(self.kinds), x.shape[1] - before
     x = x.cpu()
     blocks = self.marks.blocks(x, self.blocks) if self.training and self.marks else torch.full((len(x),), -1, dtype=torch.int16)
-    p, seen = self.rows(contexts(x, self.kinds).flatten(1), blocks.repeat_interleave(x.shape[1]))
-    p, seen = p.view(*x.shape, K, 256), seen.view(*x.shape, K, 3)
+    p, seen = self.rows(contexts(x, self.kinds)[:, :, before:].flatten(1), blocks.repeat_interleave(T))
+    p, seen = p.view(-1, T, K, 256), seen.view(-1, T, K, 3)
     return p.clamp_min_(1e-8).log_().to(here), seen.log1p_().to(here)
 
 def rows(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:  # (K, N), (N,) int16 -> (N, K, 256), (N, K, 3)
