@@ -140,7 +140,7 @@ def _spreads(level, flat, to, R, color) -> list[str]:
         if kind == "boundary" and np.isfinite(xy).all():
             centre, r = ball_about(np.linalg.norm(xy), np.tanh(np.sqrt(level.c) * level.sigma / 2))
             x, y = to(centre * unit(xy))
-            out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{R * r:.1f}" fill="{color}" fill-opacity=".1" stroke="{color}" stroke-opacity=".3"/>')
+            out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{R * r:.1f}" fill="{color}" fill-opacity=".05" stroke="{color}" stroke-opacity=".4"/>')
     return out
 
 def _ways(level, flat, to, R, color) -> list[str]:

@@ -34,17 +34,16 @@ def exp0(v, c: float, s: float):  # (..., n) -> (..., n)
 # %% ../nbs/82_spheres.ipynb #0009
 def log_sinh(x):
     "log(sinh(x)) for x >= 0; -inf at 0."
-    with np.errstate(divide="ignore"):
-        return x + np.log(-np.expm1(-2 * x)) - np.log(2)
+    return x + np.log(-np.expm1(-2 * x)) - np.log(2)
 
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def distance(u, v, c: float, s: float):  # (..., n), (..., n) -> (...)
-    "Geodesic distance between the points of two tangent vectors."
+    "Geodesic distance between the points of two tangent vectors; NaN where one of them is not finite."
     u, v = np.asarray(u, float), np.asarray(v, float)
     lengths = [np.linalg.norm(w, axis=-1, keepdims=True) for w in (u, v)]
-    ways = [w / np.where(n > 0, n, 1) for w, n in zip((u, v), lengths)]
     a, b = (2 * np.sqrt(c) * s * n[..., 0] for n in lengths)
-    with np.errstate(divide="ignore"):
-        h = np.log(((ways[0] - ways[1]) ** 2).sum(-1) / 4)
+    ways = [w / np.where(n > 0, n, 1) for w, n in zip((u, v), lengths)]
+    h = np.log(((ways[0] - ways[1]) ** 2).sum(-1) / 4)
     half = np.logaddexp(2 * log_sinh(abs(a - b) / 2), log_sinh(a) + log_sinh(b) + h) / 2
     return 2 / np.sqrt(c) * np.where(half > 0, half + np.log1p(np.sqrt(1 + np.exp(-2 * np.maximum(half, 0)))), np.arcsinh(np.exp(np.minimum(half, 0))))
 
@@ -121,6 +120,7 @@ def axes_of(v, before=None):  # (m, n) -> (n, 3)
     return axes @ left @ right
 
 # %% ../nbs/82_spheres.ipynb #0020
+@np.errstate(invalid="ignore")
 def placed(v, axes):  # (..., n), (n, k) -> (..., k)
     "Vectors in few dimensions: the direction projected, the length kept."
     v = np.asarray(v, float)

@@ -17,7 +17,7 @@
 // A point is drawn at tanh(sqrt(c) s |v|) of its sphere's radius, a sphere at tanh(sqrt(c) s) of the one around it: the page knows c and s of
 // each moment, so a slider is seen in the next frame, before the kernel has heard of it. The same module is in the page that is exported.
 const STYLE = `
-.al-spheres { display:flex; flex-wrap:wrap; gap:8px 16px; font:12px/1.35 system-ui,sans-serif; color:var(--jp-ui-font-color1,#222); }
+.al-spheres { display:flex; flex-wrap:wrap; align-items:flex-start; gap:8px 16px; font:12px/1.35 system-ui,sans-serif; color:var(--jp-ui-font-color1,#222); }
 .al-spheres .stage { position:relative; flex:3 1 380px; min-width:260px; max-width:760px; aspect-ratio:1.12; }
 .al-spheres canvas { position:absolute; inset:0; width:100%; height:100%; cursor:grab; touch-action:none; border-radius:4px; }
 .al-spheres canvas:active { cursor:grabbing; }
@@ -44,7 +44,7 @@ const STYLE = `
 .al-spheres input[type=range]:disabled { opacity:.4; cursor:default; }
 .al-spheres .key { opacity:.75; margin-bottom:6px; }
 .al-spheres .near { font-variant-numeric:tabular-nums; } .al-spheres .near ol { margin:1px 0 5px; padding-left:22px; }
-.al-spheres .near span { display:inline-block; min-width:44px; opacity:.75; } .al-spheres .near div { border-left:4px solid var(--level); padding-left:8px; }
+.al-spheres .near span { display:inline-block; min-width:54px; opacity:.75; } .al-spheres .near i { font-style:normal; opacity:.65; } .al-spheres .near div { border-left:4px solid var(--level); padding-left:8px; }
 .al-spheres .near button { border:0; background:none; padding:0; text-align:left; overflow-wrap:anywhere; } .al-spheres .near button:hover { text-decoration:underline; }
 .al-spheres .note { opacity:.75; min-height:1.3em; }`;
 
@@ -102,7 +102,7 @@ float edge(float d) { float w = fwidth(d); return 1. - smoothstep(1. - w, 1. + w
 void main() {
   float d = shape == 1 ? (abs(at.x) + abs(at.y)) : length(at), a = edge(d), dark = 1.;
   if (shape == 3) a *= 1. - edge(d / .62) + edge(d / .3);
-  else if (shape == 4) { a *= mix(.09, .2, edge(.965 / max(d, .001))); dark = .9; }
+  else if (shape == 4) { a *= mix(.045, .3, edge(.975 / max(d, .001))); dark = .9; }
   else { dark = d > .72 ? .6 : 1.; a *= mix(.5, 1., near); }
   shown = vec4(hue * dark * a, a);
 }`;
@@ -170,7 +170,7 @@ function flatPainter(canvas) {   // where there is no WebGL2
     const dots = (all) => { for (const [x, y, z, radius, r, gr, b, shape] of all) {
       const [px, py, scale] = at([x, y, z]), size = radius * scale, path = new Path2D();
       if (shape === 1) { path.moveTo(px, py - size); path.lineTo(px + size, py); path.lineTo(px, py + size); path.lineTo(px - size, py); path.closePath(); } else path.arc(px, py, size, 0, 7);
-      g.fillStyle = css([r, gr, b], shape === HALO ? 0.09 : 0.5 + 0.25 * (z + 1));
+      g.fillStyle = css([r, gr, b], shape === HALO ? 0.045 : 0.5 + 0.25 * (z + 1));
       g.strokeStyle = css([r, gr, b], 0.9);
       if (shape !== MARK) g.fill(path);
       if (shape === MARK || shape === HALO) { g.lineWidth = shape === MARK ? 3 : 0.5; g.stroke(path); }
@@ -214,7 +214,7 @@ function render({ model, el }) {
   const scrub = make("input", { type: "range", min: 0, step: 1, "aria-label": "snapshot" }), when = make("output");
   const play = make("button", { text: "▶", title: "play the snapshots", "aria-label": "play the snapshots" });
   const box = (text, on, title) => { const i = make("input", { type: "checkbox", checked: on }); i.addEventListener("change", look); return [i, make("label", { title }, i, ` ${text}`)]; };
-  const [spin, spinLabel] = box("turn", !still, "turn slowly"), [halos, halosLabel] = box("spread", true, "what lies within the spread of a boundary point");
+  const [spin, spinLabel] = box("turn", !still, "turn slowly"), [halos, halosLabel] = box("spread", false, "what lies within the spread of a boundary point");
   const [trails, trailsLabel] = box("trails", false, "the way of each point over the snapshots"), [words, wordsLabel] = box("names", false, "names of the boundary points");
   const text = make("input", { type: "search", placeholder: "a text, and its neighbours", "aria-label": "text whose nearest neighbours are wanted", spellcheck: false });
   const back = make("button", { text: "as saved", title: "let the sliders show the saved values again", hidden: true });
@@ -306,7 +306,8 @@ function render({ model, el }) {
     while (names.children.length > told.length) names.lastChild.remove();
     told.forEach((p, i) => {
       const e = names.children[i] ?? names.appendChild(document.createElement("span")), [x, y] = onPage(p.place);
-      if (e.textContent !== p.name) e.textContent = p.name;
+      const word = p.mark ? `${p.mark + 1}` : p.name;   // of the patches of a text, the first has its name
+      if (e.textContent !== word) e.textContent = word;
       e.style.transform = `translate(${(x + 8).toFixed(1)}px,${(y - 7).toFixed(1)}px)`;
       e.style.opacity = 0.55 + 0.45 * clamp(p.place[2] * 0.5 + 0.5, 0, 1);
     });
@@ -339,7 +340,7 @@ function render({ model, el }) {
       for (const [name, d, extra] of found) {
         const b = make("button", { text: name });
         b.addEventListener("click", () => choose(i, scene.levels[i].names.indexOf(name)));
-        o.append(make("li", {}, make("span", { text: three(d) }), b, extra ?? ""));
+        o.append(make("li", {}, make("span", { text: three(d) }), b, make("i", { text: extra ?? "" })));
       }
       near.append(make("div", { style: `--level:${scene.levels[i].color}` }, `level ${i}`, o));
     }
@@ -356,7 +357,7 @@ function render({ model, el }) {
     const found = model.get("found");
     if (!found?.text || found.text !== model.get("typed")) return;
     note.textContent = found.note ?? "";
-    list(found.text, (found.levels ?? []).map((l, i) => [i, l.near.map(([name, d, which]) => [name, d, l.places.length > 1 ? `  patch ${which + 1}` : ""])]), ": nearest to it");
+    list(found.text, (found.levels ?? []).map((l, i) => [i, l.near.map(([name, d, which]) => [name, d, l.places.length > 1 ? ` to patch ${which + 1}` : ""])]), ": nearest to it");
     look();
   }
   function ask() {
@@ -400,6 +401,7 @@ function render({ model, el }) {
   }
   function turnKnob(level, knob, v) {
     if (live() && (model.get("locked") || !isNow())) return settle();
+    if (knob === "sigma") halos.checked = true;   // what is turned is to be seen
     const turned = model.get("turn") + 1;
     model.set({ turn: turned });
     open.set(`${level},${knob}`, [v, turned]);
