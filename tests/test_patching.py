@@ -92,6 +92,22 @@ def test_no_patch_of_text_is_longer_than_the_longest(text, longest):
     assert "".join(text.encode()[a:b].decode() for a, b in table.patches(text.encode())) == text
 
 
+@many
+@given(any_bytes, rule, st.slices(12), st.integers(-12, 12))
+def test_patches_are_like_the_list_of_them(data, rule, some, i):
+    patches = rule.patches(data)
+    as_list = list(zip([0, *patches.ends.tolist()], patches.ends.tolist()))
+    assert patches == as_list == list(patches) and as_list == patches == rule.patches(data) and len(patches) == len(as_list)
+    assert patches[some] == as_list[some] and (patches == [*as_list, (0, 1)]) is False and patches != rule.patches(data + b"x") and patches != 3
+    if -len(as_list) <= i < len(as_list):
+        assert patches[i] == as_list[i] and patches[i] in patches and patches.index(patches[i]) == i % len(as_list)
+        assert list(map(type, patches[i])) == [int, int]
+    else:
+        with pytest.raises(IndexError):
+            patches[i]
+    assert repr(rule.patches(b"")) == "[]" and (len(patches) > 20 or repr(patches) == repr(as_list))
+
+
 def test_blocks_and_long_runs():
     draw = np.random.default_rng(1)
     runs = [bytes(draw.integers(0, 256, n, dtype=np.uint8)) for n in (70_000, 5)] + [b"a" * 70_001, "€😀".encode() * 30_000, b"\xc8" * 70_000, b" x"]

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['END', 'OPEN', 'CONTINUES', 'FOUR', 'utf8_flags', 'Rule', 'patch_ids', 'FixedStride', 'Whitespace', 'seen', 'Patcher',
-           'followers', 'next_character', 'EntropyTable', 'nearest', 'babylon_patches', 'patch_ends']
+           'Patches', 'followers', 'next_character', 'EntropyTable', 'nearest', 'babylon_patches', 'patch_ends']
 
 # %% ../../nbs/56_bytropix.patching.ipynb #0005
 import struct
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
 
@@ -167,31 +168,59 @@ def _overdue(self, starts: np.ndarray, opened: np.ndarray, cut: np.ndarray) -> b
 
 Patcher.feed, Patcher._block, Patcher._overdue = _feed, _block, _overdue
 
-# %% ../../nbs/56_bytropix.patching.ipynb #0020
+# %% ../../nbs/56_bytropix.patching.ipynb #0021
+class Patches(Sequence):
+    "Pairs (start, end) that touch each other, from an array of their ends; equal to the list of them."
+
+    def __init__(self, ends: np.ndarray):
+        self.ends = ends
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __iter__(self):
+        at = self.ends.tolist()
+        return zip([0, *at], at)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        return (int(self.ends[i - 1]) if i else 0, int(self.ends[i]))
+
+    def __eq__(self, other):
+        return np.array_equal(self.ends, other.ends) if isinstance(other, Patches) else list(self) == other
+
+    def __repr__(self):
+        return repr(self[:]) if len(self) <= 20 else f"[{', '.join(map(repr, self[:8]))}, … {len(self):,} in all]"
+
+# %% ../../nbs/56_bytropix.patching.ipynb #0022
 def _patch_ends(self, data) -> np.ndarray:  # int64
     "After how many bytes each patch of these bytes ends; the last one ends with them."
     at, n = Patcher(self).feed(data), len(seen(data))
     return at if n == (at[-1] if len(at) else 0) else np.append(at, n)
 
-def _patches(self, data) -> list[tuple[int, int]]:
+def _patches(self, data) -> Patches:
     "Each patch as (start, end), half-open; they cover the data."
-    at = self.patch_ends(data).tolist()
-    return list(zip([0, *at], at))
+    return Patches(self.patch_ends(data))
 
 Rule.patch_ends, Rule.patches = _patch_ends, _patches
 
-# %% ../../nbs/56_bytropix.patching.ipynb #0025
+# %% ../../nbs/56_bytropix.patching.ipynb #0027
 def followers(data) -> np.ndarray:  # (256, 256, 256) float32
     "Smoothed p(next | byte before, byte), from all triples of the data."
-    x = np.append(np.uint8([10, 10]), seen(data)).astype(np.int32)
-    three = np.bincount(x[:-2] << 16 | x[1:-1] << 8 | x[2:], minlength=2**24).reshape(256, 256, 256).astype(np.float32)
+    x, three = np.append(np.uint8([10, 10]), seen(data)), np.zeros(2**24, np.int64)
+    for i in range(0, len(x) - 2, 2**24):  # a part at a time, for the memory
+        part = x[i : i + 2**24 + 2].astype(np.int32)
+        three += np.bincount(part[:-2] << 16 | part[1:-1] << 8 | part[2:], minlength=2**24)
+    three = three.reshape(256, 256, 256).astype(np.float32)
     p = np.float32(1 / 256)
     for counts in (three.sum((0, 1)), three.sum(0), three):
         n, different = counts.sum(-1, keepdims=True), (counts > 0).sum(-1, keepdims=True, dtype=np.float32)
         p = (counts + np.where(n > 0, different, 1) * p) / np.where(n > 0, n + different, 1)
     return p
 
-# %% ../../nbs/56_bytropix.patching.ipynb #0026
+# %% ../../nbs/56_bytropix.patching.ipynb #0028
 def next_character(p: np.ndarray) -> np.ndarray:  # (256, 256, 256) -> (256, 256)
     "Entropy in bits of the next character after each pair of bytes."
     one = -np.einsum("abc,abc->ab", p, np.log2(p))
@@ -201,7 +230,7 @@ def next_character(p: np.ndarray) -> np.ndarray:  # (256, 256, 256) -> (256, 256
     promised[:, 0xC2:0xE0], promised[:, 0xE0:0xF0], promised[:, 0xF0:0xF5] = one[:, 0xC2:0xE0], two[:, 0xE0:0xF0], three[:, 0xF0:0xF5]
     return one + np.einsum("abc,bc->ab", p, promised)
 
-# %% ../../nbs/56_bytropix.patching.ipynb #0030
+# %% ../../nbs/56_bytropix.patching.ipynb #0032
 class EntropyTable(Rule):
     "A patch ends where the next character is uncertain by `threshold` bits or more, and is at most `longest` bytes of UTF-8."
 
@@ -219,7 +248,7 @@ class EntropyTable(Rule):
         self.bits, self.threshold, self.longest = (bits * 64).round() / 64, threshold, longest
         super().__init__("n-gram entropy", self.bits >= threshold, longest - 3)
 
-# %% ../../nbs/56_bytropix.patching.ipynb #0032
+# %% ../../nbs/56_bytropix.patching.ipynb #0034
 def nearest(
     make,  # value -> Rule; a greater value makes longer patches
     values,  # sorted
@@ -238,7 +267,7 @@ def nearest(
         low, high = (middle, high) if mean(middle) <= mean_patch else (low, middle)
     return make(values[min((low, high), key=lambda i: abs(mean(i) - mean_patch))])
 
-# %% ../../nbs/56_bytropix.patching.ipynb #0033
+# %% ../../nbs/56_bytropix.patching.ipynb #0035
 def _fit_stride(cls, data, mean_patch: float = 4.5) -> Rule:
     "This rule with the stride that gives a mean patch on the data. Raises `ValueError`."
     return nearest(cls, np.arange(16, 16 * 64) / 16, data, mean_patch)
@@ -255,7 +284,7 @@ def _fitted(self, data, mean_patch: float = 4.5) -> EntropyTable:
 FixedStride.fit = Whitespace.fit = classmethod(_fit_stride)
 EntropyTable.fit, EntropyTable.fitted = classmethod(_fit_table), _fitted
 
-# %% ../../nbs/56_bytropix.patching.ipynb #0037
+# %% ../../nbs/56_bytropix.patching.ipynb #0039
 def _pack(self) -> bytes:
     "Table, threshold and greatest length, compressed."
     table = (self.bits.T * 64).astype("<u2").tobytes()
@@ -278,11 +307,11 @@ def _default() -> EntropyTable:
 
 EntropyTable.pack, EntropyTable.unpack, EntropyTable.default = _pack, classmethod(_unpack), staticmethod(_default)
 
-# %% ../../nbs/56_bytropix.patching.ipynb #0038
-def babylon_patches(data: bytes) -> list[tuple[int, int]]:
-    "Each patch of these bytes as (start, end), half-open; they cover the data. By the default table."
+# %% ../../nbs/56_bytropix.patching.ipynb #0040
+def babylon_patches(data: bytes) -> Patches:
+    "[(start, end), …], half-open, covering the data: its patches by the default table."
     return EntropyTable.default().patches(data)
 
 def patch_ends(data: bytes) -> np.ndarray:  # int64
-    "Where the same patches end, as an array: ten times as fast, since no tuples are made."
+    "After how many bytes the same patches end, as an array."
     return EntropyTable.default().patch_ends(data)
