@@ -8,9 +8,8 @@ __all__ = ['CrossAttention', 'LocalDecoder', 'ByteHead']
 # %% ../../nbs/61_bytropix.decoder.ipynb #0003
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..transformer import Block, KVCache
+from ..transformer import Block, KVCache, attend
 
 # %% ../../nbs/61_bytropix.decoder.ipynb #0005
 class CrossAttention(nn.Module):
@@ -31,7 +30,7 @@ class CrossAttention(nn.Module):
         split = lambda t: t.view(B, -1, self.heads, dim // self.heads).transpose(1, 2)
         k, v = (torch.cat([first.to(t.dtype).expand(B, 1, dim), t], 1) for first, t in zip(self.empty, (keys, values)))
         sees = torch.arange(k.shape[1], device=x.device) <= finished[..., None]  # (B, T, P + 1), the empty one first
-        z = F.scaled_dot_product_attention(split(self.q(x)), split(k), split(v), attn_mask=sees[:, None])
+        z = attend(split(self.q(x)), split(k), split(v), sees[:, None])
         return self.out(z.transpose(1, 2).reshape(B, T, dim))
 
 # %% ../../nbs/61_bytropix.decoder.ipynb #0008

@@ -21,7 +21,7 @@ SOURCE = """
 #include <stdint.h>
 typedef struct {
     const int64_t *keys, *first;
-    const uint8_t *symbols;
+    const uint8_t *columns;
     const int32_t *counts;
     const int64_t *own;
     const uint8_t *own_blocks;
@@ -46,7 +46,7 @@ static int left(const Table *t, int64_t e, int block) {
 
 # %% ../../nbs/59_bytropix.expert_kernel.ipynb #0005
 SOURCE += """
-static void row(const Table *t, int64_t key, int block, const float *parent, float *p, float *seen) {
+static void row(const Table *t, int64_t key, int block, int width, const float *parent, float *p, float *seen) {
     int64_t c = find(t, key), from = c < 0 ? 0 : t->first[c], to = c < 0 ? 0 : t->first[c + 1], total = 0;
     int kinds[4] = {0, 0, 0, 0}, most = 0;
     for (int64_t e = from; e < to; e++) {
@@ -56,20 +56,20 @@ static void row(const Table *t, int64_t key, int block, const float *parent, flo
     }
     double taken = kinds[1] * t->discount[1] + kinds[2] * t->discount[2] + kinds[3] * t->discount[3];
     float back = total ? (float)(taken / total) : 1.0f;
-    for (int b = 0; b < 256; b++) p[b] = back * (parent ? parent[b] : 1.0f / 256);
+    for (int b = 0; b < width; b++) p[b] = back * (parent ? parent[b] : 1.0f / 256);
     for (int64_t e = from; e < to; e++) {
         int n = left(t, e, block);
-        if (n > 0) p[t->symbols[e]] += (float)((n - t->discount[n < 3 ? n : 3]) / total);
+        if (n > 0) p[t->columns[e]] += (float)((n - t->discount[n < 3 ? n : 3]) / total);
     }
     seen[0] = total; seen[1] = kinds[1] + kinds[2] + kinds[3]; seen[2] = most;
 }
 
-void experts_rows(const Table *tables, int64_t K, int64_t N, const int64_t *keys, const int16_t *blocks, float *p, float *seen, int threads) {
+void experts_rows(const Table *tables, int64_t K, int64_t N, int width, const int64_t *keys, const int16_t *blocks, float *p, float *seen, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < N; i++)
         for (int64_t k = 0; k < K; k++) {
             const Table *t = tables + k;
-            row(t, keys[k * N + i], blocks[i], t->parent < 0 ? 0 : p + (i * K + t->parent) * 256, p + (i * K + k) * 256, seen + (i * K + k) * 3);
+            row(t, keys[k * N + i], blocks[i], width, t->parent < 0 ? 0 : p + (i * K + t->parent) * width, p + (i * K + k) * width, seen + (i * K + k) * 3);
         }
 }
 """
@@ -78,12 +78,12 @@ void experts_rows(const Table *tables, int64_t K, int64_t N, const int64_t *keys
 class Table(ctypes.Structure):
     "The record of a table, as in the source."
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("keys", "first", "symbols", "counts", "own", "own_blocks", "own_counts")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("keys", "first", "columns", "counts", "own", "own_blocks", "own_counts")]
     _fields_ += [("contexts", ctypes.c_int64), ("parent", ctypes.c_int64), ("discount", ctypes.c_double * 4)]
 
-def record(c: Counts, parent: int, discounts: tuple[float, float, float]) -> Table:
-    "Of one table; its arrays are contiguous."
-    arrays = (c.keys, c.first, c.symbols, c.counts, c.own, c.own_blocks, c.own_counts)
+def record(c: Counts, columns: np.ndarray, parent: int, discounts: tuple[float, float, float]) -> Table:
+    "Of one table, its bytes as columns (entries,) uint8; all arrays are contiguous."
+    arrays = (c.keys, c.first, columns, c.counts, c.own, c.own_blocks, c.own_counts)
     return Table(*(a.ctypes.data for a in arrays), len(c.keys), parent, (ctypes.c_double * 4)(0, *discounts))
 
 @lru_cache(1)
@@ -100,11 +100,12 @@ def rows(
     tables,  # an array of `Table`
     keys: Tensor,  # (K, N) int64 contexts
     blocks: Tensor,  # (N,) int16: the block that is left out, −1 none
-) -> tuple[Tensor, Tensor]:  # (N, K, 256), (N, K, 3) float32
+    width: int,  # columns
+) -> tuple[Tensor, Tensor]:  # (N, K, width), (N, K, 3) float32
     "Each expert's distribution of the next byte, and of its context: total, different bytes, greatest count."
     K, N = keys.shape
     keys, blocks = keys.contiguous(), blocks.contiguous()
-    p, seen = torch.empty(N, K, 256), torch.empty(N, K, 3)
+    p, seen = torch.empty(N, K, width), torch.empty(N, K, 3)
     at = [ctypes.c_void_p(t.data_ptr()) for t in (keys, blocks, p, seen)]
-    lib.experts_rows(tables, ctypes.c_int64(K), ctypes.c_int64(N), *at, torch.get_num_threads())
+    lib.experts_rows(tables, ctypes.c_int64(K), ctypes.c_int64(N), width, *at, torch.get_num_threads())
     return p, seen

@@ -41,7 +41,7 @@ def discounts(counts: np.ndarray) -> tuple[float, float, float]:
 
 # %% ../../nbs/60_bytropix.experts.ipynb #0009
 class CountExperts(nn.Module):
-    "Bytes (B, T) → log-probabilities (B, T, K, 256) of each of K experts, and what each has seen (B, T, K, 3). Raises `ValueError`."
+    "Bytes (B, T) → log-probabilities (B, T, K, width) of each of K experts, and what each has seen (B, T, K, 3). Raises `ValueError`."
 
     def __init__(
         self,
@@ -59,7 +59,12 @@ class CountExperts(nn.Module):
     def _take(self, tables: list[Counts]):
         "These tables from now on, each beside its record for the kernel."
         self.tables, self.discounts = tables, [discounts(t.counts) for t in tables]
-        self.records = (Table * len(tables))(*map(record, tables, self.parents, self.discounts))
+        occurs = np.bincount(np.concatenate([t.symbols for t in tables]), minlength=256) > 0
+        self.alphabet = torch.from_numpy(np.flatnonzero(occurs))
+        self.width = int(occurs.sum()) + (not occurs.all())  # a column for each byte that occurs, and one for all others
+        self.column = torch.from_numpy(np.where(occurs, occurs.cumsum() - 1, self.width - 1))  # (256,)
+        self.columns = [self.column.numpy().astype(np.uint8)[t.symbols] for t in tables]
+        self.records = (Table * len(tables))(*map(record, tables, self.columns, self.parents, self.discounts))
 
 def _empty() -> Counts:
     numbers = lambda kind, n=0: np.zeros(n, kind)
@@ -105,20 +110,20 @@ def _marked(x: Tensor) -> Tensor:  # (1, n) -> (m,)
     return h[(h != UNKNOWN) & (h >> 8 & 31 == 0)]
 
 # %% ../../nbs/60_bytropix.experts.ipynb #0014
-def forward(self, x: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:  # (B, T) int64 -> (B, T − before, K, 256), (B, T − before, K, 3)
+def forward(self, x: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:  # (B, T) int64 -> (B, T − before, K, width), (B, T − before, K, 3)
     "Behind the first bytes: log-probabilities; and log(1 + total), log(1 + different bytes), log(1 + greatest count) of each context."
     here, K, T = x.device, len(self.kinds), x.shape[1] - before
     x = x.cpu()
     blocks = self.marks.blocks(x, self.blocks) if self.training and self.marks else torch.full((len(x),), -1, dtype=torch.int16)
     p, seen = self.rows(contexts(x, self.kinds)[:, :, before:].flatten(1), blocks.repeat_interleave(T))
-    p, seen = p.view(-1, T, K, 256), seen.view(-1, T, K, 3)
+    p, seen = p.view(-1, T, K, self.width), seen.view(-1, T, K, 3)
     return p.clamp_min_(1e-8).log_().to(here), seen.log1p_().to(here)
 
-def rows(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:  # (K, N), (N,) int16 -> (N, K, 256), (N, K, 3)
+def rows(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:  # (K, N), (N,) int16 -> (N, K, width), (N, K, 3)
     "Probabilities and counts, by the kernel where there is one."
     lib, why = kernel()
     announce(f"count experts use {why}")
-    return rows_by_kernel(lib, self.records, keys, blocks) if lib else self.rows_by_tensors(keys, blocks)
+    return rows_by_kernel(lib, self.records, keys, blocks, self.width) if lib else self.rows_by_tensors(keys, blocks)
 
 CountExperts.forward, CountExperts.rows = forward, rows
 
@@ -126,16 +131,16 @@ CountExperts.forward, CountExperts.rows = forward, rows
 def rows_by_tensors(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     "What the kernel gives, to the bit."
     p, seen = [], []
-    for t, d, key, parent in zip(self.tables, self.discounts, keys, self.parents):
+    for t, columns, d, key, parent in zip(self.tables, self.columns, self.discounts, keys, self.parents):
         row, entry, n = _entries(t, key, blocks)
         D = torch.tensor((0, *d), dtype=torch.float64)
         kinds = torch.zeros(len(key), 4, dtype=torch.float64).index_put_((row, n.clamp(0, 3)), torch.ones(len(n), dtype=torch.float64), accumulate=True)
         total = torch.zeros(len(key), dtype=torch.float64).index_add_(0, row, n.double())
         taken = kinds[:, 1] * D[1] + kinds[:, 2] * D[2] + kinds[:, 3] * D[3]
         back = torch.where(total > 0, taken / total.clamp_min(1), 1).float()
-        q = back[:, None] * (p[parent] if parent >= 0 else torch.full((1, 256), 1 / 256))
+        q = back[:, None] * (p[parent] if parent >= 0 else torch.full((1, self.width), 1 / 256))
         own = ((n - D[n.clamp(0, 3)]) / total[row].clamp_min(1)).float() * (n > 0)
-        q[row, torch.from_numpy(t.symbols)[entry].long()] += own
+        q[row, torch.from_numpy(columns)[entry].long()] += own
         most = torch.zeros(len(key), dtype=torch.int64).scatter_reduce_(0, row, n, "amax")
         p.append(q)
         seen.append(torch.stack([total, kinds[:, 1:].sum(1), most.double()], 1).float())

@@ -8,6 +8,7 @@ __all__ = ['ByteModel', 'stream', 'remember', 'answer', 'forward', 'check_bytes'
 # %% ../../nbs/63_bytropix.model.ipynb #0003
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .config import ByteModelConfig, Patches, fitted_rule
 from .decoder import ByteHead, LocalDecoder
@@ -39,23 +40,32 @@ class ByteModel(nn.Module):
         self.head = ByteHead(d, not c.no_hierarchical_decoder)
         self.experts = CountExperts(c.experts) if c.experts else None
         if self.experts:
-            self.notes, self.hint = nn.Linear(3 * len(c.experts), d), nn.Linear(256, d, bias=False)  # what the experts have seen, and the last one's answer
-            self.trust = nn.Linear(d, len(c.experts))
-            with torch.no_grad():
-                self.trust.weight.mul_(0.1), self.trust.bias.fill_(1 / len(c.experts))
+            self._listen(d)
 
     @property
     def context(self) -> int:
         "Bytes of a window."
         return self.config.context_window
 
-# %% ../../nbs/63_bytropix.model.ipynb #0008
-def stream(self, seen: Tensor, before: int = 0, cache=None) -> tuple[Tensor, Tensor | None]:  # (B, n) -> (B, n − before, dim), (B, n − before, K, 256)
+# %% ../../nbs/63_bytropix.model.ipynb #0007
+def _listen(self, d: int):
+    "What the experts have seen, the answer of the longest order, and whom to trust: at first all alike."
+    kinds = self.experts.kinds
+    self.hinting = max(range(len(kinds)), key=lambda k: kinds[k][0] == "o" and int(kinds[k][1:]))
+    self.notes, self.hint, self.trust = nn.Linear(3 * len(kinds), d), nn.Linear(256, d, bias=False), nn.Linear(d, len(kinds))
+    with torch.no_grad():
+        self.trust.weight.mul_(0.1), self.trust.bias.fill_(1 / len(kinds))
+
+ByteModel._listen = _listen
+
+# %% ../../nbs/63_bytropix.model.ipynb #0009
+def stream(self, seen: Tensor, before: int = 0, cache=None) -> tuple[Tensor, Tensor | None]:  # (B, n) -> (B, n − before, dim), (B, n − before, K, width)
     "The local encoder's stream, and the experts' log-probabilities."
     lp = more = None
     if self.experts:
         lp, notes = self.experts(seen, before)
-        more = self.notes(0.3 * notes.flatten(2)) + self.hint(lp[:, :, -1].exp())
+        known = self.experts.alphabet
+        more = self.notes(0.3 * notes.flatten(2)) + F.linear(lp[:, :, self.hinting, : len(known)].exp(), self.hint.weight[:, known])
     return self.encoder(seen, more, cache and cache.encoder, before), lp
 
 def remember(self, e: Tensor, ids: Tensor, slots: int, frames=None) -> Tensor:  # (B, T, dim), (B, T) -> (B, slots, decoder_memory_dim)
@@ -66,12 +76,12 @@ def remember(self, e: Tensor, ids: Tensor, slots: int, frames=None) -> Tensor:  
 def answer(self, h: Tensor, lp: Tensor | None) -> Tensor:  # (B, T, dim) -> (B, T, 256)
     "The logits: the head's log-probabilities, and the experts' weighed."
     z = self.head(h)
-    return z if lp is None else z + (self.trust(h.float())[:, :, None] @ lp).squeeze(2)
+    return z if lp is None else z + (self.trust(h.float())[:, :, None] @ lp).squeeze(2)[..., self.experts.column]
 
 for f in (stream, remember, answer):
     setattr(ByteModel, f.__name__, f)
 
-# %% ../../nbs/63_bytropix.model.ipynb #0009
+# %% ../../nbs/63_bytropix.model.ipynb #0010
 def forward(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
     "The logits of these bytes; with a cache (see `new_cache`) they follow the bytes that are in it."
     check_bytes(x, self.context - (cache.length if cache else 0))
@@ -95,7 +105,7 @@ def check_bytes(x: Tensor, room: int):
 
 ByteModel.forward = forward
 
-# %% ../../nbs/63_bytropix.model.ipynb #0016
+# %% ../../nbs/63_bytropix.model.ipynb #0017
 class Cache:
     "What a model has computed of the bytes so far."
 
@@ -123,7 +133,7 @@ def go_on(self, x: Tensor, cache: Cache) -> Tensor:  # (B, T) -> (B, T, 256)
 
 ByteModel.new_cache, ByteModel.go_on = new_cache, go_on
 
-# %% ../../nbs/63_bytropix.model.ipynb #0017
+# %% ../../nbs/63_bytropix.model.ipynb #0018
 def _finish(self, cache: Cache, e: Tensor, ids: Tensor, slots: int):
     "Bring the memory up to so many patches."
     old, made = cache.final, cache.memory[0][0].shape[1] if cache.memory else 0
