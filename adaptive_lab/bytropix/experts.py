@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .contexts import UNKNOWN, contexts, order
 from .counts import Counts, count
-from .expert_kernel import Table, kernel, record, rows as rows_by_kernel
+from .expert_kernel import Table, index_of, kernel, record, rows as rows_by_kernel
 from ..native import announce
 
 # %% ../../nbs/60_bytropix.experts.ipynb #0006
@@ -54,6 +54,7 @@ class CountExperts(nn.Module):
         self.kinds, self.blocks = tuple(ranked(kinds)), blocks
         contexts(torch.zeros(1, 1, dtype=torch.int64), self.kinds)  # are they known?
         self.parents, self.marks = parents(self.kinds), None
+        self.orders = np.array([k[0] == "o" for k in self.kinds], np.uint8)
         self._take([_empty() for _ in kinds])
 
     def _take(self, tables: list[Counts]):
@@ -64,13 +65,15 @@ class CountExperts(nn.Module):
         self.width = int(occurs.sum()) + (not occurs.all())  # a column for each byte that occurs, and one for all others
         self.column = torch.from_numpy(np.where(occurs, occurs.cumsum() - 1, self.width - 1))  # (256,)
         self.columns = [self.column.numpy().astype(np.uint8)[t.symbols] for t in tables]
-        self.records = (Table * len(tables))(*map(record, tables, self.columns, self.parents, self.discounts))
+        self.indices = [index_of(t.keys) for t in tables]
+        self.records = (Table * len(tables))(*map(record, tables, self.indices, self.columns, self.parents, self.discounts))
 
+# %% ../../nbs/60_bytropix.experts.ipynb #0010
 def _empty() -> Counts:
     numbers = lambda kind, n=0: np.zeros(n, kind)
     return Counts(numbers("i8"), numbers("i8", 1), numbers("u1"), numbers("i4"), numbers("i8", 1), numbers("u1"), numbers("i4"))
 
-# %% ../../nbs/60_bytropix.experts.ipynb #0010
+# %% ../../nbs/60_bytropix.experts.ipynb #0011
 def fit(self, data: np.ndarray) -> "CountExperts":  # (n,) uint8
     "Count this text; what was counted before is forgotten."
     if getattr(data, "dtype", None) != np.uint8 or data.ndim != 1:
@@ -81,7 +84,7 @@ def fit(self, data: np.ndarray) -> "CountExperts":  # (n,) uint8
 
 CountExperts.fit = fit
 
-# %% ../../nbs/60_bytropix.experts.ipynb #0012
+# %% ../../nbs/60_bytropix.experts.ipynb #0013
 class Marks:
     "Stretches of 16 bytes that tell the block of a text they are from."
 
@@ -109,7 +112,7 @@ def _marked(x: Tensor) -> Tensor:  # (1, n) -> (m,)
     h = order(x, 16)[0]
     return h[(h != UNKNOWN) & (h >> 8 & 31 == 0)]
 
-# %% ../../nbs/60_bytropix.experts.ipynb #0014
+# %% ../../nbs/60_bytropix.experts.ipynb #0015
 def forward(self, x: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:  # (B, T) int64 -> (B, T − before, K, width), (B, T − before, K, 3)
     "Behind the first bytes: log-probabilities; and log(1 + total), log(1 + different bytes), log(1 + greatest count) of each context."
     here, K, T = x.device, len(self.kinds), x.shape[1] - before
@@ -123,11 +126,11 @@ def rows(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:  # (K, N)
     "Probabilities and counts, by the kernel where there is one."
     lib, why = kernel()
     announce(f"count experts use {why}")
-    return rows_by_kernel(lib, self.records, keys, blocks, self.width) if lib else self.rows_by_tensors(keys, blocks)
+    return rows_by_kernel(lib, self.records, keys, blocks, self.width, self.orders) if lib else self.rows_by_tensors(keys, blocks)
 
 CountExperts.forward, CountExperts.rows = forward, rows
 
-# %% ../../nbs/60_bytropix.experts.ipynb #0016
+# %% ../../nbs/60_bytropix.experts.ipynb #0017
 def rows_by_tensors(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     "What the kernel gives, to the bit."
     p, seen = [], []
@@ -148,7 +151,7 @@ def rows_by_tensors(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]
 
 CountExperts.rows_by_tensors = rows_by_tensors
 
-# %% ../../nbs/60_bytropix.experts.ipynb #0017
+# %% ../../nbs/60_bytropix.experts.ipynb #0018
 def _entries(t: Counts, key: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Of all rows together: the row, the entry, and its count without the row's block (0 or more)."
     keys, first = torch.from_numpy(t.keys), torch.from_numpy(t.first)
@@ -165,7 +168,7 @@ def _entries(t: Counts, key: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Te
     mine = torch.from_numpy(t.own_blocks)[place].long() == blocks.long()[row[which]]
     return row, entry, n.index_add(0, which[mine], -torch.from_numpy(t.own_counts)[place[mine]].long())
 
-# %% ../../nbs/60_bytropix.experts.ipynb #0024
+# %% ../../nbs/60_bytropix.experts.ipynb #0025
 KEPT = ("keys", "first", "symbols", "counts")
 
 def _save_to_state_dict(self, destination, prefix, keep_vars):
