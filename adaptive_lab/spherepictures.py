@@ -15,7 +15,7 @@ import numpy as np
 
 from .draw import SVG, picture
 from .durable import write_durably
-from .spheres import LEVEL_COLORS, Level, Scene, Snapshot, axes_of, ball_about, kept, neighbours, page, placed, radii, reach, scene_of, thinned, unit
+from .spheres import LEVEL_COLORS, Level, Scene, Snapshot, axes_of, ball_about, kept, page, placed, radii, reach, scene_of, thinned, unit
 
 # %% ../nbs/83_spherepictures.ipynb #0005
 EYE, LENS = 3.4, 2.9  # as in static/spheres.js
@@ -145,10 +145,10 @@ def _spreads(level, flat, to, R, color) -> list[str]:
 
 def _ways(level, flat, to, R, color) -> list[str]:
     "Geodesics from the other points to the boundary point that is nearest in all dimensions."
-    others, out = [j for j, kind in enumerate(level.kinds) if kind != "boundary"], []
-    for j in others:
-        found = neighbours(level, level.tangent[j], 1, leave=others) if np.isfinite(flat[j]).all() else []
-        for k, _, _ in found:
+    marks, out = [j for j, kind in enumerate(level.kinds) if kind == "boundary"], []
+    for j in range(len(flat)) if marks else ():
+        k = marks[int(level.far[j, marks].argmin())]
+        if j not in marks and np.isfinite(level.far[j, k]):
             (x, y), (u, v), (o, r) = to(flat[j]), to(flat[k]), geodesic(flat[j], flat[k])
             turned = 0 if o is None else int(np.linalg.det([flat[j] - o, flat[k] - o]) < 0)  # the picture's y axis points down
             arc = f"L{u:.1f} {v:.1f}" if o is None or r > 50 else f"A{R * r:.1f} {R * r:.1f} 0 0 {turned} {u:.1f} {v:.1f}"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'NARROW', 'WIDE', 'NEAR', 'LEVEL_COLORS', 'STATIC', 'POLICY', 'LOOK', 'START', 'EXPORT', 'reach', 'exp0',
            'log_sinh', 'distance', 'plain', 'Level', 'Snapshot', 'snapshot_from_dict', 'unit', 'axes_of', 'placed',
-           'kept', 'radii', 'ball_about', 'neighbours', 'Scene', 'scene_of', 'rows', 'moment', 'head', 'data', 'page',
-           'thinned']
+           'kept', 'radii', 'ball_about', 'neighbours', 'far', 'near', 'Scene', 'scene_of', 'rows', 'moment', 'head',
+           'data', 'page', 'thinned']
 
 # %% ../nbs/82_spheres.ipynb #0003
 import base64
@@ -151,22 +151,35 @@ def neighbours(
     level: Level,
     v,  # (n,) or (k, n)
     many: int = 5,
-    leave=(),  # numbers of points that do not count
 ) -> list[tuple[int, float, int]]:
     "The points nearest to a place, or to the nearest of several: (number of the point, distance, which of the places)."
     v = np.atleast_2d(np.asarray(v, float))
     if v.shape[1] != level.tangent.shape[1]:
         raise ValueError(f"v has {v.shape[1]} dimensions and the level {level.tangent.shape[1]}")
     far = distance(v[:, None], level.tangent[None], level.c, level.s)  # (k, P)
-    far[:, list(leave)] = np.nan
-    nearest = np.where(np.isfinite(far), far, np.inf).min(0, initial=np.inf)
-    return [(int(j), float(nearest[j]), int(np.nanargmin(far[:, j]))) for j in nearest.argsort(kind="stable")[:many] if np.isfinite(nearest[j])]
+    far = np.where(np.isfinite(far), far, np.inf)
+    which, nearest = far.argmin(0), far.min(0)
+    return [(int(j), float(nearest[j]), int(which[j])) for j in nearest.argsort(kind="stable")[:many] if np.isfinite(nearest[j])]
 
 # %% ../nbs/82_spheres.ipynb #0030
 NEAR = 3  # neighbours that are kept for each point
 
-Level.near = cached_property(lambda self: [neighbours(self, v, NEAR, leave=[j]) for j, v in enumerate(self.tangent)])
-Level.near.__set_name__(Level, "near")
+def far(self: Level) -> np.ndarray:  # (P, P)
+    "Distances between the points of a level; infinite to itself and where one is not finite."
+    v = self.tangent
+    blocks = np.array_split(v, max(1, min(len(v), v.size * len(v) // 1_000_000)))
+    found = np.concatenate([distance(rows[:, None], v[None], self.c, self.s) for rows in blocks])
+    np.fill_diagonal(found, np.inf)
+    return np.where(np.isfinite(found), found, np.inf)
+
+def near(self: Level) -> list[list[tuple[int, float]]]:
+    "The neighbours of each point: (number, distance)."
+    return [[(int(j), float(row[j])) for j in row.argsort(kind="stable")[:NEAR] if np.isfinite(row[j])] for row in self.far]
+
+for f in (far, near):
+    made = cached_property(f)
+    made.__set_name__(Level, f.__name__)
+    setattr(Level, f.__name__, made)
 
 # %% ../nbs/82_spheres.ipynb #0033
 LEVEL_COLORS = tuple(color for color in COLORS if color != "#d55e00")  # that one marks what a person chose
@@ -208,7 +221,7 @@ def rows(self: Scene, snapshot: Snapshot, near: bool = True) -> np.ndarray:  # (
         block = np.full((len(points), 3 + 2 * NEAR), np.nan)
         block[at, :3] = np.clip(placed(level.tangent, axes), -6e4, 6e4)
         for row, found in zip(at, level.near if near else ()):
-            block[row, 3 : 3 + 2 * len(found)] = [x for k, d, _ in found for x in (at[k], d)]
+            block[row, 3 : 3 + 2 * len(found)] = [x for k, d in found for x in (at[k], d)]
         out.append(block)
     return np.concatenate(out).astype(np.float16)
 

@@ -250,7 +250,7 @@ def test_levels_snapshots_sliders_and_names_of_the_page(browser, tmp_path):
     assert tab.get_by_label("spread of level 2").count() == 1 and not tab.get_by_label("spread of level 2").is_visible()  # it has none
     tab.get_by_label("text whose nearest").fill("quee")
     tab.wait_for_selector(".near li")
-    near = neighbours(scene.snapshots[0].levels[0], scene.snapshots[0].levels[0].tangent[5], 3, leave=[5])
+    near = neighbours(scene.snapshots[0].levels[0], scene.snapshots[0].levels[0].tangent[5], 4)[1:]  # without itself
     assert tab.locator(".near li button").all_inner_texts() == [scene.points[0][i][0] for i, _, _ in near] and "3 points have" in tab.locator(".note").inner_text()
     tab.locator("canvas").focus()
     tab.keyboard.press("Escape")
@@ -280,9 +280,11 @@ def test_sliders_of_a_live_page_ask_and_follow(browser, tmp_path):
     *shots, now = moments(4, names=("king", "<queen>"))
     scene = scene_of(shots)
     pack = lambda b: base64.b64encode(b).decode()
-    given = dict(scene=scene.head(), data=pack(scene.data()), live=True, now=moment(now), now_data=pack(scene.rows(now).tobytes()), asked=[], turn=0, heard=0, typed="", search=0, found={}, locked=False)
+    given = dict(scene=scene.head(), data=pack(scene.data()), live=True, now={}, now_data=pack(scene.rows(now).tobytes()), asked=[], turn=0, heard=0, typed="", search=0, found={}, locked=False)
     html = LIVE.replace("SOURCE", (STATIC / "spheres.js").read_text(encoding="utf-8").replace(EXPORT, "")).replace("GIVEN", json.dumps(given).replace("<", "\\u003c"))
     tab = shown(browser, tmp_path / "d.html", html)
+    assert tab.get_by_label("curvature of level 1").is_disabled() and "epoch 2" in tab.locator(".bar output").inner_text()  # nothing is heard of the run yet
+    tab.evaluate("(now) => kernel.set({ now })", moment(now))
     assert "now, epoch 3, step 30" in tab.locator(".bar output").inner_text()
     slider, value = tab.get_by_label("curvature of level 1"), tab.get_by_label("curvature of level 1").locator("xpath=../output")
     slider.press("ArrowRight")

@@ -122,7 +122,7 @@ class SpheresPanel(TrainingPanel):
         if self._of is not self.run:
             self._of, self.film, self.scene, self.every, self._near = self.run, [], None, FIRST, None
             self._named, self._places, self._looked, self._cost, self._at = [], None, -1, 0.0, -math.inf
-            self._asked, self._wish, self._sending = {}, {}, False  # (level, knob) -> (value, steps made when it was asked for); the page's wishes
+            self._asked, self._wish, self._sending, self._next = {}, {}, False, 0  # (level, knob) -> (value, steps made when it was asked for); the page's wishes
 
 # %% ../../nbs/91_panels.spheres.ipynb #0017
 def _lay_out(self, live, fixed):
@@ -257,9 +257,10 @@ def draw(self, leave=frozenset()):
     self._measure(soon=not self.film)
     self._show_spheres()
     if self.scene is not None and (not leave or not self.loss.svg or self.live.state != "running"):
-        self.loss.svg = loss_view(self.live)
-        for i, (picture, level) in enumerate(zip(self.disks, self._moment().levels)):
-            picture.svg = disk_svg(level, f"level {i}", LEVEL_COLORS[i % len(LEVEL_COLORS)], self.scene.axes[i], 260, labels=0)
+        self.loss.svg, levels = loss_view(self.live), self._moment().levels
+        self._next += 1  # while it runs one disk at a time, so that the spheres go on smoothly
+        for i in [self._next % len(levels)] if self.live.state == "running" and self.disks[-1].svg else range(len(levels)):
+            self.disks[i].svg = disk_svg(levels[i], f"level {i}", LEVEL_COLORS[i % len(LEVEL_COLORS)], self.scene.axes[i], 260, labels=0)
     self._say()
 
 # %% ../../nbs/91_panels.spheres.ipynb #0026

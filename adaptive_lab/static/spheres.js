@@ -223,7 +223,7 @@ function render({ model, el }) {
   side.append(film, box2, key, levels, make("div", { className: "bar" }, text), near, note);
   el.append(make("div", { className: "al-spheres" }, make("style", { text: STYLE }), stage, side));
 
-  let scene, table, nowTable, width, first, turn = HOME, zoom = 1, at = 0, dirty = false, frame = 0, drag = null, over = false, shown = true, last = 0, playing = 0;
+  let scene, table, nowTable, width, first, turn = HOME, zoom = 1, at = 0, follow = true, dirty = false, frame = 0, drag = null, over = false, shown = true, last = 0, playing = 0;
   let seen = [], hovered = null, pinned = null, rows = [], typing = 0, sending = 0;
   const open = new Map();   // "level,knob" -> [value, turn]: what is wanted and not yet heard of (by a page that nobody listens to, what it draws)
   const off = new Set();   // levels that are not shown
@@ -414,7 +414,7 @@ function render({ model, el }) {
     model.set({ asked: [...open].map(([key, [v]]) => { const [level, knob] = key.split(","); return [Number(level), knob, v]; }) });
     model.save_changes();
   }
-  function hear() { for (const [key, [, turned]] of open) if (turned <= model.get("heard")) open.delete(key); settle(); look(); }
+  function hear() { stage.dataset.heard = model.get("heard"); for (const [key, [, turned]] of open) if (turned <= model.get("heard")) open.delete(key); settle(); look(); }
   back.addEventListener("click", () => { open.clear(); settle(); look(); });
 
   function settle() {   // the controls show what the picture shows
@@ -444,7 +444,7 @@ function render({ model, el }) {
   }
 
   // --- snapshots ---
-  function goTo(t) { at = clamp(t, 0, count() - 1); if (pinned) choose(pinned.level, pinned.point); settle(); look(); }
+  function goTo(t) { at = clamp(t, 0, count() - 1); follow = at === count() - 1; if (pinned) choose(pinned.level, pinned.point); settle(); look(); }
   scrub.addEventListener("input", () => { halt(); goTo(Number(scrub.value)); });
   scrub.addEventListener("keydown", (event) => event.stopPropagation());
   function halt() { clearInterval(playing); playing = 0; play.textContent = "▶"; }
@@ -458,20 +458,26 @@ function render({ model, el }) {
   });
 
   function load() {   // another scene, or its first
-    const stay = scene && !(isNow() || at >= scene.snapshots.length - 1), size = scene?.levels.length;
+    const size = scene?.levels.length;
     scene = model.get("scene");
     if (!scene?.levels) { scene = null; return; }
     width = 3 + 2 * scene.near;
     first = scene.levels.reduce((sums, l) => [...sums, sums.at(-1) + l.names.length], [0]);
     table = floats(model.get("data"));
     nowTable = floats(model.get("now_data"));
-    at = stay ? Math.min(at, count() - 1) : count() - 1;
+    at = follow ? count() - 1 : Math.min(at, count() - 1);
     if (pinned && !scene.levels[pinned.level]?.names[pinned.point]) pinned = null;
     if (size !== scene.levels.length || rows.length !== scene.levels.length) build();
     settle();
     look();
   }
-  function renew() { if (scene) { nowTable = floats(model.get("now_data")); settle(); look(isNow()); } }
+  function renew() {
+    if (!scene) return;
+    nowTable = floats(model.get("now_data"));
+    if (follow) at = count() - 1;
+    settle();
+    look(isNow());
+  }
 
   // --- the hand ---
   const by = (dx, dy) => { turn = straight(times(times(about([0, 1, 0], dx), about([1, 0, 0], dy)), turn)); look(); };
