@@ -57,7 +57,8 @@ class Text(Knobs):
 
     path: str = knob("", "a file, or enwik8/enwik8 or tinyshakespeare/input.txt; empty: Python's standard library", live=False)
     limit: int = knob(2_000_000, "bytes of the standard library that are used", ge=1000, le=100_000_000, log=True, live=False)
-    held_out: float = knob(0.1, "share of a file, its tail, for validation", gt=0, lt=1, live=False)
+    validation_path: str = knob("", "another file for validation; empty: the tail of the first", live=False)
+    held_out: float = knob(0.1, "share of a file, its tail, for validation when there is no other", gt=0, lt=1, live=False)
     context: int = knob(64, "bytes in a window", ge=1, le=65536, log=True, live=False)
     batch_size: int = knob(32, "windows in a global batch", ge=1, le=4096, log=True, live=False)
     validation_windows: int = knob(256, "windows that a validation looks at", ge=1, le=65536, log=True, live=False)
@@ -65,9 +66,13 @@ class Text(Knobs):
 def text_bytes(knobs: Text) -> tuple[np.ndarray, np.ndarray]:
     "Training and validation bytes."
     if not knobs.path:
+        if knobs.validation_path:
+            raise DataError(f"validation_path={knobs.validation_path!r} was given without a path: give both, or neither")
         return stdlib_bytes(knobs.limit), stdlib_bytes(max(knobs.limit // 10, knobs.context + 1), validation=True)
-    path = fetch(knobs.path) if knobs.path in KNOWN else local_path(knobs.path)
-    return split_tail(open_bytes(path), knobs.held_out)
+    find = lambda path: open_bytes(fetch(path) if path in KNOWN else local_path(path))
+    if knobs.validation_path:
+        return find(knobs.path), find(knobs.validation_path)
+    return split_tail(find(knobs.path), knobs.held_out)
 
 # %% ../../nbs/07_data.text.ipynb #0015
 @part("data", "text", Text)
