@@ -43,7 +43,7 @@ def parameters(model: nn.Module) -> int:
 def matched(config: WuBuConfig, input_dim: int) -> PlainLevels:
     "A plain network with as many parameters as the levels, to half a step of its hidden width."
     make = lambda hidden: PlainLevels(config.hyperbolic_dims, input_dim, hidden, config.dropout)
-    with torch.device("meta"):  # counted, not made
+    with torch.random.fork_rng(devices=[]):  # made to be counted
         wanted, one, two = map(parameters, (WuBuLevels(config, input_dim), make(1), make(2)))
     return make(max(1, round(1 + (wanted - one) / (two - one))))
 

@@ -7,7 +7,6 @@ __all__ = ['norm', 'inward', 'outward', 'distance', 'Relation', 'Hyperbolic', 't
            'mean_way']
 
 # %% ../../nbs/51_wubu.landmarks.ipynb #0003
-import math
 from typing import NamedTuple
 
 import torch
@@ -122,13 +121,11 @@ def weights(
     squared: Tensor,  # (…, K) D²
     spread: Tensor,  # (K,) σ, in the unit of D
     how: str = "mean",  # mean | sum
-) -> tuple[Tensor, Tensor]:  # (…, K), (…, 1)
-    "What each landmark counts, and how far they all are in units of σ: log(1 − log mean_j exp(−D²/σ²))."
-    logits = -squared / spread**2
-    total = logits.logsumexp(-1, keepdim=True)
-    K = logits.shape[-1]
-    counts = (logits - total).exp() if how == "mean" else logits.exp() * K**-0.5
-    return counts, (math.log(K) - total).clamp_min(0).log1p()
+) -> tuple[Tensor, Tensor]:  # (…, K), (…, K)
+    "What each landmark counts, and how far it is: log(1 + D²/σ²)."
+    far = squared / spread**2
+    counts = (-far).softmax(-1) if how == "mean" else (-far).exp() * far.shape[-1] ** -0.5
+    return counts, far.log1p()
 
 # %% ../../nbs/51_wubu.landmarks.ipynb #0021
 def mean_way(q: Tensor, b: Tensor, at: Relation, counts: Tensor) -> Tensor:  # (…, n), (K, n), …, (…, K) -> (…, n)

@@ -129,7 +129,7 @@ class Level(nn.Module):
         inherited = config.boundary_points_per_level[i - 1] + (not k.no_level_descriptors) if i else 0
         self.curvature = Positive("curvature", k.initial_curvatures[i], k.curvature_min_value, not k.no_learnable_curvature)
         self.scale = Positive("scale", k.initial_scales[i], k.scale_min_value, not k.no_learnable_scales)
-        self.has_landmarks = bool(P + inherited)
+        self.combine = nn.Linear(n * (1 + (P + inherited > 0 and self.how != "none")) + P + inherited, n)
         carries = P or (i + 1 < k.num_levels and not k.no_level_descriptors)  # landmarks here or below have this spread
         if carries and not k.no_level_spread:
             sigma = (k.initial_spread_values or [None] * k.num_levels)[i] or 2 * k.initial_scales[i]
@@ -138,7 +138,6 @@ class Level(nn.Module):
             self.spread = None
         self.boundary = nn.Parameter(F.normalize(torch.randn(P, n), dim=-1)) if P else None
         self.descriptor = None if k.no_level_descriptors else nn.Parameter(torch.randn(1, n) * k.level_descriptor_init_scale)
-        self.combine = nn.Linear(n * (1 + (self.has_landmarks and self.how != "none")) + self.has_landmarks, n)
         kind = "none" if k.no_tangent_flow else k.tangent_flow_type
         self.flow = None if kind == "none" else network(kind, n, n, max(16, n // 2), k.dropout)
 
