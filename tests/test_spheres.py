@@ -198,6 +198,11 @@ def hover(tab, xy, wanted):
     "Point there and wait for the name, or for none."
     tab.mouse.move(*xy)
     tab.wait_for_function("(t) => { const e = document.querySelector('.tip'), on = e.style.visibility === 'visible'; return t ? on && e.textContent.includes(t) : !on; }", arg=wanted)
+    if wanted:  # the box stands beside the point, at its right or left, or at the picture's edge
+        tip, stage = tab.locator(".tip").bounding_box(), tab.locator(".stage").bounding_box()
+        at_edge = tip["x"] < stage["x"] + 1 or tip["x"] + tip["width"] > stage["x"] + stage["width"] - 1
+        assert at_edge or min(abs(tip["x"] - 12 - xy[0]), abs(tip["x"] + tip["width"] + 12 - xy[0])) < 1.5
+        assert abs(tip["y"] - 10 - xy[1]) < 1.5 or tip["y"] + tip["height"] > stage["y"] + stage["height"] - 2
 
 
 def alone(scene, level, at=-1):

@@ -9,7 +9,7 @@ from torch import nn
 
 from adaptive_lab.knobs import KnobError, Knobs, knob
 from adaptive_lab.panels import spheres as panels
-from adaptive_lab.panels.spheres import SpheresPanel, SphereView, put
+from adaptive_lab.panels.spheres import SpheresPanel, SphereView, measured, put
 from adaptive_lab.parts import part
 from adaptive_lab.run import Run, replay
 from adaptive_lab.spheres import Level, Snapshot, scene_of
@@ -120,6 +120,8 @@ def test_looking_changes_no_bit_of_the_run():
     for _ in range(5):
         panel._at = -np.inf  # it is time for a pass through the model
         run(panel, 3)
+    (names, first, _), second = measured(panel.run)[0][0], measured(panel.run)[0][0][1]
+    assert panel.run.model.training and names == ["a", "<b>"] and np.array_equal(first, second)  # without dropout
     assert panel._looked == 15 and panel.run.session().weights == other.advance(15).session().weights
 
 
