@@ -15,8 +15,8 @@ from .quaternions import conjugate, left, right
 # %% ../../nbs/51_wubu.rotations.ipynb #0005
 def skew(a: Tensor, n: int) -> Tensor:  # (n (n − 1) / 2,) -> (n, n)
     "The skew-symmetric matrix with these entries below its diagonal, row by row."
-    row, col = torch.tril_indices(n, n, -1, device=a.device)
-    low = a.new_zeros(n, n).index_put((row, col), a)
+    below = torch.ones(n, n, dtype=torch.bool, device=a.device).tril_(-1)
+    low = a.new_zeros(n, n).masked_scatter(below, a)
     return low - low.T
 
 # %% ../../nbs/51_wubu.rotations.ipynb #0006
@@ -28,8 +28,8 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(A):
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        R = torch.linalg.inv(eye - A / 2) * 2 - eye
-        return R + R @ (eye - R.T @ R) / 2  # one Newton–Schulz step: the rounding of the inverse is gone
+        R = torch.linalg.inv(eye - A / 2).mul_(2).sub_(eye)
+        return torch.addmm(R, R, R.T @ R, beta=1.5, alpha=-0.5)  # one Newton–Schulz step: the rounding of the inverse is gone
 
     @staticmethod
     def setup_context(ctx, inputs, output):
