@@ -118,11 +118,11 @@ def test_looking_changes_no_bit_of_the_run():
     panel, other = panel_of(), Run(Recipe("text", "test_levels", "adam", RECIPE))
     panel.view.typed, panel.view.search = "abba", 1
     for _ in range(5):
-        panel._at = -np.inf  # it is time for a pass through the model
+        panel._at = dict(words=-np.inf, text=-np.inf)  # it is time for a pass through the model
         run(panel, 3)
     (names, first, _), second = measured(panel.run)[0][0], measured(panel.run)[0][0][1]
     assert panel.run.model.training and names == ["a", "<b>"] and np.array_equal(first, second)  # without dropout
-    assert panel._looked == 15 and panel.run.session().weights == other.advance(15).session().weights
+    assert panel._looked == dict(words=15, text=15) and panel.run.session().weights == other.advance(15).session().weights
 
 
 def test_a_typed_text_its_neighbours_and_an_error():

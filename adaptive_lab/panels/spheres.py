@@ -16,8 +16,10 @@ import ipywidgets as w
 import numpy as np
 import traitlets
 
+from ..draw import curves
 from ..durable import write_durably
 from ..knobs import walk
+from .controls import control, place
 from .picture import STATIC, Picture
 from .training import CALM, SHARE, WRAP, TrainingPanel
 from .views import loss_view
@@ -69,11 +71,11 @@ def seen(run) -> tuple[int, list[Level]]:
         found.append(Level(c, s, sigma, names, kinds, rows))
     return run.index, found
 
-def measured(run, text: str = "") -> tuple[list, list | None, float]:
-    "What takes a pass through the model: its named points and the places of a text, both a level; and the seconds it took. Raises the model's errors."
+def measured(run, text: str = "", words: bool = True) -> tuple[list | None, list | None, float]:
+    "What takes a pass through the model: its named points if wanted, and the places of a text, both a level; and the seconds it took. Raises the model's errors."
     begun = time.thread_time()
     with at_rest(run.model):
-        named = [(list(names), array(rows), kind) for names, rows, kind in getattr(run.model, "named_points", list)()]
+        named = [(list(names), array(rows), kind) for names, rows, kind in getattr(run.model, "named_points", list)()] if words else None
         places = [np.atleast_2d(array(v)) for v in run.model.locate(text.encode())] if text and hasattr(run.model, "locate") else None
     return named, places, time.thread_time() - begun
 
@@ -121,7 +123,8 @@ class SpheresPanel(TrainingPanel):
         "Forget what was seen of another run."
         if self._of is not self.run:
             self._of, self.film, self.scene, self.every, self._near = self.run, [], None, FIRST, None
-            self._named, self._places, self._looked, self._cost, self._at = [], None, -1, 0.0, -math.inf
+            self._named, self._places = None, None  # what was measured last: named points, places of the text
+            self._looked, self._cost, self._at = (dict.fromkeys(("words", "text"), v) for v in (-1, 0.0, -math.inf))  # at which step, seconds it took, when
             self._asked, self._wish, self._sending, self._next = {}, {}, False, 0  # (level, knob) -> (value, steps made when it was asked for); the page's wishes
 
 # %% ../../nbs/91_panels.spheres.ipynb #0017
@@ -136,11 +139,38 @@ def _lay_out(self, live, fixed):
     self.page_name = w.Text("spheres.html", description="page", style=dict(description_width="3em"), layout=dict(width="15em"))
     export = w.HBox([self.page_name, self._button("Export page", "write the snapshots as one HTML file that needs nothing else", self.export)])
     right = w.VBox([*shown, at_reset, export, self._make_export()], layout=dict(flex="1 1 300px", max_width="430px"))
-    left = w.VBox([self.view, w.Box(self.disks, layout=WRAP), self.loss], layout=dict(flex="3 1 700px"))
+    self.bits = Picture()
+    left = w.VBox([self.view, w.Box(self.disks, layout=WRAP), w.Box([self.loss, self.bits], layout=WRAP)], layout=dict(flex="3 1 700px"))
     self.root = w.VBox([w.Box([*self.buttons.values(), self.n, self.pace], layout=WRAP), self.status, w.Box([left, right], layout=WRAP)])
     self.root.add_class("al-panel")
 
 # %% ../../nbs/91_panels.spheres.ipynb #0019
+def _make_controls(self):
+    "As every panel makes them, but for knobs that no control can show."
+    self.controls, self.declared, live, fixed = {}, {}, [], []
+    for group in ("optimizer", "training", "run", "data", "model"):
+        for k in walk(self.run.recipe.declared[group]):
+            try:
+                made = control(k, getattr(self.run.knobs[group], k.name))
+            except (ValueError, traitlets.TraitError):  # a list, or a number without a range
+                continue
+            address = f"{group}.{k.name}"
+            self.controls[address], self.declared[address] = made, k
+            (live if k.live else fixed).append(made)
+            if k.live:
+                made.observe(lambda change, address=address: self._at_home(self._turned, address, change["new"]), "value")
+    return live, fixed
+
+def _show_values(self):
+    "Let every control show the value that holds (or waits)."
+    self._quiet, now = True, self.live.settings()
+    try:
+        for address, made in self.controls.items():
+            place(made, self.declared[address], now[address])
+    finally:
+        self._quiet = False
+
+# %% ../../nbs/91_panels.spheres.ipynb #0021
 def _moment(self) -> Snapshot | None:
     "The run as it is, or as it will be at the next step; None when nothing was seen yet."
     found = self.live.look(seen)
@@ -152,7 +182,7 @@ def _moment(self) -> Snapshot | None:
         level = levels[i]
         levels[i] = Level(*(value if k == key else getattr(level, k) for k in ("c", "s", "sigma")), level.names, level.kinds, level.tangent)
     epoch = self.run.position.get("epoch")
-    return Snapshot(index, "" if epoch is None else f"epoch {epoch}", joined(levels, self._named))
+    return Snapshot(index, "" if epoch is None else f"epoch {epoch}", joined(levels, self._named or []))
 
 def _show_spheres(self, heard: int | None = None, near: bool = False):
     "Give the page the present moment; with `heard` the requests up to that one are dealt with. Neighbours while it runs are looked for only if wanted."
@@ -171,7 +201,7 @@ def _show_spheres(self, heard: int | None = None, near: bool = False):
         if heard is not None:
             self.view.heard = heard
 
-# %% ../../nbs/91_panels.spheres.ipynb #0020
+# %% ../../nbs/91_panels.spheres.ipynb #0022
 def _keep_moment(self, now: Snapshot):
     "One snapshot more in the film."
     self.film = [*(s for s in self.film if s.step < now.step), now]
@@ -189,19 +219,21 @@ def _show_found(self):
         return
     levels = [dict(places=placed(v, axes).round(5).tolist(), near=[[level.names[j], round(d, 4), which] for j, d, which in neighbours(level, v, 5)])
               for level, v, axes in zip(now.levels, self._places, self.scene.axes)]
-    self.view.found = dict(text=text, note=f"as the model was after step {self._looked}", levels=levels)
+    self.view.found = dict(text=text, note=f"as the model was after step {self._looked['text']}", levels=levels)
 
-# %% ../../nbs/91_panels.spheres.ipynb #0022
+# %% ../../nbs/91_panels.spheres.ipynb #0024
 def _measure(self, soon: bool = False):
-    "Have the named points and the text looked for, if it is time."
-    since = time.perf_counter() - self._at
-    due = soon or (self._looked != self.run.index and since > (max(SLOW, self._cost / SHARE) if self.live.state == "running" else 0))
-    if not due or (self._task is not None and not self._task.done()):
+    "Have the named points and the text looked for, what it is time for; the text in any case when it is wanted soon."
+    now, running = time.perf_counter(), self.live.state == "running"
+    due = lambda what: self._looked[what] != self.run.index and now - self._at[what] > (max(SLOW, self._cost[what] / SHARE) if running else 0)
+    words, text = self._named is None or due("words"), self.view.typed
+    if not (words or soon or text and due("text")) or (self._task is not None and not self._task.done()):
         return
-    text, self._at = self.view.typed, time.perf_counter()
-    self._task = self.live.between(lambda run: (run, run.index, *measured(run, text)))
+    self._at |= dict(text=now, words=now if words else self._at["words"])
+    self._task = self.live.between(lambda run: (run, run.index, *measured(run, text, words)))
     self._task.add_done_callback(lambda f: self._at_home(self._measured, f, text))
 
+# %% ../../nbs/91_panels.spheres.ipynb #0025
 def _measured(self, future, text: str):
     "It was looked for."
     if (error := future.exception()) is not None:
@@ -210,8 +242,12 @@ def _measured(self, future, text: str):
     run, index, named, places, cost = future.result()
     if run is not self.run:
         return
-    self._looked, self._named, self._places, self._cost = index, named, places if text == self.view.typed else None, cost
-    self._show_spheres(near=True)
+    what = "text" if named is None else "words"
+    self._places, self._cost[what] = places if text == self.view.typed else None, cost
+    self._looked |= {"text": index, what: index}
+    if named is not None:
+        self._named = named
+        self._show_spheres(near=True)
     self._show_found()
     if text != self.view.typed:  # typed on meanwhile
         self._task = None
@@ -221,7 +257,7 @@ def _typed(self):
     "A text was typed."
     self._measure(soon=True)
 
-# %% ../../nbs/91_panels.spheres.ipynb #0024
+# %% ../../nbs/91_panels.spheres.ipynb #0027
 def _wished(self):
     "The page asks for other numbers."
     self._wish |= {(level, key): float(value) for level, key, value in self.view.asked}
@@ -250,20 +286,25 @@ def _enable(self, on: bool):
     TrainingPanel._enable(self, on)
     self.view.locked = not on
 
-# %% ../../nbs/91_panels.spheres.ipynb #0025
+# %% ../../nbs/91_panels.spheres.ipynb #0028
 def draw(self, leave=frozenset()):
     "Renew the pictures, those that change slowly unless there is something to leave, and the status line."
     self._fresh()
-    self._measure(soon=not self.film)
+    self._measure()
     self._show_spheres()
     if self.scene is not None and (not leave or not self.loss.svg or self.live.state != "running"):
-        self.loss.svg, levels = loss_view(self.live), self._moment().levels
+        self.loss.svg, self.bits.svg, levels = loss_view(self.live, 450), self._held_out(), self._moment().levels
         self._next += 1  # while it runs one disk at a time, so that the spheres go on smoothly
         for i in [self._next % len(levels)] if self.live.state == "running" and self.disks[-1].svg else range(len(levels)):
             self.disks[i].svg = disk_svg(levels[i], f"level {i}", LEVEL_COLORS[i % len(LEVEL_COLORS)], self.scene.axes[i], 260, labels=0)
     self._say()
 
-# %% ../../nbs/91_panels.spheres.ipynb #0026
+# %% ../../nbs/91_panels.spheres.ipynb #0029
+def _held_out(self) -> str:
+    "Bits per byte on held-out text, where the model measures them."
+    found = [e for e in self.run.evaluations if "bits" in e]
+    return curves({"bits": ([e["step"] for e in found], [e["bits"] for e in found])}, "bits per byte, held out", xlim=(0, max(50, self.run.index)), width=350, height=130) if found else ""
+
 def export(self):
     "Write the film as a page, beside the notebook; never over a file that this panel did not write."
     def act():
@@ -281,7 +322,7 @@ def export(self):
 
 def _pictures(self) -> list[str]:
     "What stays in the file."
-    return [*([spheres_svg(self.scene, -1)] if self.scene else ()), *(p.svg for p in (*self.disks, self.loss))]
+    return [*([spheres_svg(self.scene, -1)] if self.scene else ()), *(p.svg for p in (*self.disks, self.loss, self.bits))]
 
-for f in (_lay_out, _moment, _show_spheres, _keep_moment, _show_found, _measure, _measured, _typed, _wished, _sent, _fixed, _enable, draw, export, _pictures):
+for f in (_lay_out, _make_controls, _show_values, _moment, _show_spheres, _keep_moment, _show_found, _measure, _measured, _typed, _wished, _sent, _fixed, _enable, draw, _held_out, export, _pictures):
     setattr(SpheresPanel, f.__name__, f)
