@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..knobs import Knobs, knob
-from .landmarks import Flat, Hyperbolic, mean_way, weights
+from .landmarks import Hyperbolic, Point, mean_way, weights
 from .maps import TangentMap, network
 from .rotations import rotation, turned
 
@@ -161,10 +161,11 @@ class Frame(NamedTuple):
     "What level i needs beside its input."
 
     k: Tensor  # () 2 √c s / √n: from V to the ball
+    unit: Tensor  # () 1 / k
     turn: Tensor | None  # the dilation and the rotation into this level
-    centre: Tensor | None  # (1, n) descriptor, as a point
-    marks: Tensor | None  # (K, n) landmarks, as points
-    spread: Tensor | None  # (K,) their spreads in the unit of D
+    centre: Point | None  # (1, n) descriptor
+    marks: Point | None  # (K, n) landmarks
+    nearness: Tensor | None  # (K,) 1/σ² of each, in the unit of D
 
 class WuBuLevels(nn.Module):
     "(…, input_dim) → (…, sum of hyperbolic_dims): the tangent outputs of all levels."
@@ -187,43 +188,43 @@ class WuBuLevels(nn.Module):
 # %% ../../nbs/52_wubu.levels.ipynb #0018
 def frames(self) -> list[Frame]:
     "The frame of each level, from the weights as they are."
-    out, below = [], None
+    out, read, carried = [], self.world.read, None
     for i, level in enumerate(self.levels):
-        root, unit, turn = level.c.sqrt(), level.n**0.5, None
-        k = 2 * root * level.s / unit
-        centre, own = (None if w is None else self.world.read(k * unit * w) for w in (level.descriptor, level.boundary))
-        sigma = torch.full_like(k, 2.0) if level.spread is None else root * level.sigma
-        marks = [] if own is None else [(own, sigma)]
+        root, turn = level.c.sqrt(), None
+        k = 2 * root * level.s / level.n**0.5
+        centre, own = (None if w is None else read(k * level.n**0.5 * w) for w in (level.descriptor, level.boundary))
+        near = torch.full_like(k, 0.25) if level.spread is None else (root * level.sigma) ** -2
+        marks = [] if own is None else [(own.q, near)]
         if i:
-            lower, *points, spread = below
-            R, dilation = self.rotations[i - 1].now(), lower / (k * unit)
+            R, dilation = self.rotations[i - 1].now(), out[-1].k / k * (self.levels[i - 1].n / level.n) ** 0.5
             turn = dilation if R is None else dilation * R
-            if carried := [p for p in points if p is not None]:
-                V = self.step(i, self.world.tangent(torch.cat(carried), 1 / out[-1].k), turn)
-                marks.append((self.world.read(k * V), spread))
-        below = k * unit, own, centre, sigma
-        spreads = [spread.expand(len(p)) for p, spread in marks]
-        out.append(Frame(k, turn, centre, *[torch.cat(part) if part else None for part in ([p for p, _ in marks], spreads)]))
+            if carried[0]:
+                V = self.world.tangent(Point(torch.cat(carried[0])), out[-1].unit)
+                marks.append((read(k * self.step(i, V, turn)).q, carried[1]))
+        carried = [p.q for p in (own, centre) if p is not None], near
+        nearness = [near.expand(len(q)) for q, near in marks]
+        marks = Point(torch.cat([q for q, _ in marks])) if marks else None
+        out.append(Frame(k, 1 / k, turn, centre, marks, torch.cat(nearness) if nearness else None))
     return out
 
 WuBuLevels.frames = frames
 
 # %% ../../nbs/52_wubu.levels.ipynb #0020
-def forward(self, V: Tensor, f: Frame, world: type) -> Tensor:  # (…, n) -> (…, n)
+def forward(self, V: Tensor, f: Frame, world: type) -> Tensor:  # (N, n) -> (N, n)
     "What arrives at the level → its tangent output, both in the unit of the networks."
     p = world.read(f.k * V)
     p = p if f.centre is None else world.translate(f.centre, p)
-    V = world.tangent(p, 1 / f.k)
+    V = world.tangent(p, f.unit)
     seen = [V]
     if f.marks is not None:
         at = world.relate(p, f.marks)
-        counts, far = weights(at.squared, f.spread, self.how)
-        seen += [far] if self.how == "none" else [mean_way(p, f.marks, at, counts / f.k), far]
+        counts, far = weights(at.squared, f.nearness, self.how)
+        seen += [far] if self.how == "none" else [mean_way(p, f.marks, at, counts * f.unit), far]
     Y = V + self.combine(torch.cat(seen, -1))
     p = world.read(f.k * Y)
     if self.flow is not None:
         p = world.translate(p, world.read(f.k * self.flow_scale * self.flow(Y)))
-    return world.tangent(p, 1 / f.k)
+    return world.tangent(p, f.unit)
 
 Level.forward = forward
 
@@ -237,10 +238,10 @@ def states(
     if x.shape[-1] != self.enter.in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}: its last axis must be input_dim={self.enter.in_features}")
     with torch.autocast(x.device.type, enabled=False):
-        V, out = self.enter(x.to(self.enter.weight.dtype)), []
+        V, out = self.enter(x.to(self.enter.weight.dtype)).reshape(-1, self.levels[0].n), []
         for i, (level, f) in enumerate(zip(self.levels, frames or self.frames())):
             V = level(self.step(i, V, f.turn) if i else V, f, self.world)
-            out.append(V / level.n**0.5)
+            out.append((V / level.n**0.5).view(*x.shape[:-1], level.n))
     return out
 
 def forward(self, x: Tensor, frames: list[Frame] | None = None) -> Tensor:  # (…, input_dim) -> (…, sum of hyperbolic_dims)
