@@ -9,10 +9,11 @@ from torch import nn
 
 from adaptive_lab.knobs import KnobError, Knobs, knob
 from adaptive_lab.panels import spheres as panels
-from adaptive_lab.panels.spheres import SpheresPanel, SphereView, measured, put
+from adaptive_lab.panels.spheres import SpheresPanel, SphereView, put
 from adaptive_lab.parts import part
 from adaptive_lab.run import Run, replay
 from adaptive_lab.spheres import Level, Snapshot, scene_of
+from adaptive_lab.spherewatch import measured
 from adaptive_lab.tape import Recipe
 from adaptive_lab.wubu.levels import WuBuConfig, WuBuLevels
 
@@ -120,7 +121,7 @@ def test_looking_changes_no_bit_of_the_run():
     for _ in range(5):
         panel._at = dict(words=-np.inf, text=-np.inf)  # it is time for a pass through the model
         run(panel, 3)
-    (names, first, _), second = measured(panel.run)[0][0], measured(panel.run)[0][0][1]
+    (names, first, _), second = measured(panel.run.model)[0][0], measured(panel.run.model)[0][0][1]
     assert panel.run.model.training and names == ["a", "<b>"] and np.array_equal(first, second)  # without dropout
     assert panel._looked == dict(words=15, text=15) and panel.run.session().weights == other.advance(15).session().weights
 
