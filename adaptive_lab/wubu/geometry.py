@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from adaptive_lab.wubu.tangent import (
-    add, along_ray, dot, exact, exp0, gap_of, kind, log0, of_pairs, plainly, tangent_add, tangent_dilate, tangent_dist, tensor_dist, tensor_exp0, tensor_log0,
-)
+from .tangent import add, along_ray, dot, exact, exp0, gap_of, kind, log0, of_pairs, plainly
+from .tangent import tangent_add, tangent_dilate, tangent_dist, tensor_dist, tensor_exp0, tensor_log0
 
 # %% ../../nbs/50_wubu.geometry.ipynb #0006
 notes = WeakTensorKeyDictionary()

@@ -87,10 +87,9 @@ static inline double quick_dot(const float *u, const float *v, int64_t n) {  // 
         memcpy(&x, u + i, 64), memcpy(&y, v + i, 64), a += x * y;
         memcpy(&x, u + i + 16, 64), memcpy(&y, v + i + 16, 64), b += x * y;
     }
-    float lanes[16];
-    double sum = 0;
-    a += b, memcpy(lanes, &a, 64);
-    for (int j = 0; j < 16; j++) sum += lanes[j];
+    Floats half[2];
+    a += b, memcpy(half, &a, 64);
+    double sum = total(__builtin_convertvector(half[0], Doubles) + __builtin_convertvector(half[1], Doubles));
     for (; i < n; i++) sum += (double)u[i] * v[i];
     return 1e-30 < __builtin_fabs(sum) && __builtin_fabs(sum) < 1e30 ? sum : dot(u, v, n);
 }
