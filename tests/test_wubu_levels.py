@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from adaptive_lab.knobs import KnobError
 from adaptive_lab.wubu.ablations import OFF, ablated, matched, parameters
 from adaptive_lab.wubu.landmarks import Flat, Hyperbolic, inward, mean_way, outward, weights
+from adaptive_lab.wubu.level_kernel import kernel
 from adaptive_lab.wubu.levels import WuBuConfig, WuBuLevels
 from adaptive_lab.wubu.maps import QuaternionLinear, TangentMap
 from adaptive_lab.wubu.rotations import QuaternionRotation, SpecialOrthogonal, cayley, rotation, skew
@@ -327,3 +328,35 @@ def test_unknown_kinds_and_dimensions():
         with pytest.raises(ValueError):
             f()
     assert not list(rotation("so_n", 1).parameters())
+
+
+# --- the kernel for a few vectors ----------------------------------------------------------------------------------
+
+
+@given(configs(), st.integers(1, 32), st.integers(0, 99))
+@settings(max_examples=60, deadline=None, database=None)
+def test_the_kernel_agrees_with_the_tensors(knobs, rows, seed):
+    if kernel() is None:
+        pytest.skip("no compiler")
+    torch.manual_seed(seed)
+    model = WuBuLevels(WuBuConfig(**knobs), 7).eval()
+    for name, w in model.named_parameters():
+        if name.endswith((".a", ".pq", "bias")):
+            torch.nn.init.normal_(w, std=0.3)
+    x = 3 * torch.randn(rows, 7)
+    with torch.no_grad():
+        frames = model.frames()
+        assert model.compiled(x, frames) and not model.compiled(x, None)
+        for fast, slow in zip(model.packed(frames)(x), model.walk(x, frames)):
+            assert torch.allclose(fast, slow, rtol=1e-4, atol=1e-4 * slow.abs().max())
+        alone = torch.cat([model(row, frames) for row in x.split(1)])
+        assert torch.equal(alone, model(x, frames))  # the kernel takes rows one by one
+
+
+def test_the_kernel_is_used_only_where_it_may_be():
+    model, x = made().eval(), torch.randn(4, 6)
+    frames = model.frames()
+    assert not model.compiled(x, frames)  # something may be differentiated
+    with torch.no_grad():
+        assert not model.compiled(torch.randn(33, 6), frames) and not model.compiled(x.double(), frames)
+        assert not model.train().compiled(x, frames) and not made(world=Flat).eval().compiled(x, frames)

@@ -34,12 +34,13 @@ class QuaternionLinear(nn.Module):
         self.w = nn.Parameter(torch.empty(m // 4, n // 4, 4).uniform_(-(n**-0.5), n**-0.5))
         self.bias = nn.Parameter(torch.zeros(m))
 
-    def matrix(self) -> Tensor:  # (m, n)
+    @property
+    def weight(self) -> Tensor:  # (m, n)
         "W as a matrix of real numbers."
         return left(self.w).transpose(1, 2).flatten(2).flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix(), self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 # %% ../../nbs/51_wubu.maps.ipynb #0014
 def network(
