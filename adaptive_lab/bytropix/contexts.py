@@ -87,8 +87,9 @@ def _from(H: Tensor, start: Tensor, exponent: Tensor) -> Tensor:  # (B, T + 1), 
 # %% ../../nbs/57_bytropix.contexts.ipynb #0018
 def contexts(x: Tensor, kinds: tuple[str, ...]) -> Tensor:  # (B, T) int64 bytes -> (kinds, B, T)
     "The hash of each kind of context at each place. Raises `ValueError` for a kind that is unknown."
-    if bad := [k for k in kinds if not (k[:1] in ("o", "w") and k[1:].isdecimal() and int(k[1:]) <= 64)]:
-        raise ValueError(f"kind {bad[0]!r} is unknown: 'o3' is the last 3 bytes, 'w1' the word so far and 1 before it, up to 64 of either")
+    if bad := [k for k in kinds if not (k[:1] in ("o", "w", "r") and k[1:].isdecimal() and int(k[1:]) <= 64)]:
+        raise ValueError(f"kind {bad[0]!r} is unknown: 'o3' or 'r3' is the last 3 bytes, 'w1' the word so far and 1 before it, up to 64")
     spoken = tuple(int(k[1:]) for k in kinds if k[0] == "w")
     heard = iter(words(x, spoken) if spoken else ())
-    return torch.stack([order(x, int(k[1:])) if k[0] == "o" else next(heard) for k in kinds])
+    orders = {n: order(x, n) for n in {int(k[1:]) for k in kinds if k[0] != "w"}}
+    return torch.stack([next(heard) if k[0] == "w" else orders[int(k[1:])] for k in kinds])

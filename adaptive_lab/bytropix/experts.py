@@ -13,20 +13,22 @@ from torch import Tensor, nn
 
 from .contexts import UNKNOWN, contexts, order
 from .counts import Counts, count
-from .expert_kernel import Table, index_of, kernel, record, rows as rows_by_kernel
+from .expert_kernel import RECENT, Table, index_of, kernel, recent_rows, record, rows as rows_by_kernel
 from ..native import announce
 
 # %% ../../nbs/60_bytropix.experts.ipynb #0006
 def ranked(kinds: list[str]) -> list[str]:
     "So that each comes behind its parent."
-    return sorted(kinds, key=lambda k: (k[0] == "w", int(k[1:])))
+    return sorted(kinds, key=lambda k: ("owr".index(k[0]), int(k[1:])))
 
 def parents(kinds: tuple[str, ...]) -> list[int]:
     "The place of each one's parent, −1 for none."
     orders = [k for k in kinds if k[0] == "o"]
     below = lambda k, among: max((a for a in among if int(a[1:]) < int(k[1:])), key=lambda a: int(a[1:]), default=None)
     short = max((a for a in orders if int(a[1:]) <= 2), key=lambda a: int(a[1:]), default=None)
-    found = [below(k, orders) if k[0] == "o" else below(k, [w for w in kinds if w[0] == "w"]) or short for k in kinds]
+    held = lambda k: max((a for a in orders if int(a[1:]) <= int(k[1:])), key=lambda a: int(a[1:]), default=None)
+    parent = dict(o=lambda k: below(k, orders), w=lambda k: below(k, [w for w in kinds if w[0] == "w"]) or short, r=held)
+    found = [parent[k[0]](k) for k in kinds]
     return [-1 if p is None else kinds.index(p) for p in found]
 
 def longer_of(kinds: tuple[str, ...]) -> dict[str, str]:
@@ -53,9 +55,12 @@ class CountExperts(nn.Module):
             raise ValueError(f"kinds={kinds!r}, blocks={blocks!r} are not allowed: one or more different kinds, and 1 to 250 blocks")
         self.kinds, self.blocks = tuple(ranked(kinds)), blocks
         contexts(torch.zeros(1, 1, dtype=torch.int64), self.kinds)  # are they known?
+        self.counted = tuple(k for k in self.kinds if k[0] != "r")  # from tables; the others are counted in the window
+        if "o" not in {k[0] for k in self.kinds} or len(self.counted) < len(self.kinds) and min(int(k[1:]) for k in self.kinds if k[0] == "r") < min(int(k[1:]) for k in self.kinds if k[0] == "o"):
+            raise ValueError(f"kinds={kinds!r} is not allowed: others back off to an order such as o0 or o2, and there must be one that is short enough")
         self.parents, self.marks = parents(self.kinds), None
-        self.orders = np.array([k[0] == "o" for k in self.kinds], np.uint8)
-        self._take([_empty() for _ in kinds])
+        self.orders = np.array([k[0] == "o" for k in self.counted], np.uint8)
+        self._take([_empty() for _ in self.counted])
 
     def _take(self, tables: list[Counts]):
         "These tables from now on, each beside its record for the kernel."
@@ -78,7 +83,7 @@ def fit(self, data: np.ndarray) -> "CountExperts":  # (n,) uint8
     "Count this text; what was counted before is forgotten."
     if getattr(data, "dtype", None) != np.uint8 or data.ndim != 1:
         raise ValueError(f"data of {getattr(data, 'dtype', type(data).__name__)} and shape {np.shape(data)} is not (n,) of uint8")
-    self._take(count(data, self.kinds, longer_of(self.kinds), self.blocks))
+    self._take(count(data, self.counted, longer_of(self.counted), self.blocks))
     self.marks = Marks.of(data, self.blocks)
     return self
 
@@ -116,24 +121,32 @@ def _marked(x: Tensor) -> Tensor:  # (1, n) -> (m,)
 def forward(self, x: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:  # (B, T) int64 -> (B, T − before, K, width), (B, T − before, K, 3)
     "Behind the first bytes: log-probabilities; and log(1 + total), log(1 + different bytes), log(1 + greatest count) of each context."
     here, K, T = x.device, len(self.kinds), x.shape[1] - before
-    x = x.cpu()
+    x = x.cpu().long()
     blocks = self.marks.blocks(x, self.blocks) if self.training and self.marks else torch.full((len(x),), -1, dtype=torch.int16)
-    p, seen = self.rows(contexts(x, self.kinds)[:, :, before:].flatten(1), blocks.repeat_interleave(T))
+    p, seen = self.rows(contexts(x, self.kinds), x, blocks, before)
     p, seen = p.view(-1, T, K, self.width), seen.view(-1, T, K, 3)
     return p.clamp_min_(1e-8).log_().to(here), seen.log1p_().to(here)
 
-def rows(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:  # (K, N), (N,) int16 -> (N, K, width), (N, K, 3)
-    "Probabilities and counts, by the kernel where there is one."
+def rows(self, keys: Tensor, x: Tensor, blocks: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:  # (K, B, T), (B, T), (B,) -> (N, K, width), (N, K, 3)
+    "Probabilities and counts, by the kernel where there is one; N = B · (T − before)."
     lib, why = kernel()
     announce(f"count experts use {why}")
-    return rows_by_kernel(lib, self.records, keys, blocks, self.width, self.orders) if lib else self.rows_by_tensors(keys, blocks)
+    if not lib:
+        return self.rows_by_tensors(keys, x, blocks, before)
+    C, (K, B, T) = len(self.counted), keys.shape
+    p, seen = torch.empty(B * (T - before), K, self.width), torch.empty(B * (T - before), K, 3)
+    rows_by_kernel(lib, self.records, keys[:C, :, before:].flatten(1), blocks.repeat_interleave(T - before), self.orders, p, seen)
+    if K > C:
+        recent_rows(lib, keys[C:], self.column[x].to(torch.uint8), torch.tensor(self.parents[C:]), C, p, seen, before)
+    return p, seen
 
 CountExperts.forward, CountExperts.rows = forward, rows
 
 # %% ../../nbs/60_bytropix.experts.ipynb #0017
-def rows_by_tensors(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def rows_by_tensors(self, keys: Tensor, x: Tensor, blocks: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:
     "What the kernel gives, to the bit."
-    p, seen = [], []
+    p, seen, recent = [], [], keys[len(self.counted) :]
+    blocks, keys = blocks.repeat_interleave(keys.shape[2] - before), keys[:, :, before:].flatten(1)
     for t, columns, d, key, parent in zip(self.tables, self.columns, self.discounts, keys, self.parents):
         row, entry, n = _entries(t, key, blocks)
         D = torch.tensor((0, *d), dtype=torch.float64)
@@ -147,11 +160,27 @@ def rows_by_tensors(self, keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]
         most = torch.zeros(len(key), dtype=torch.int64).scatter_reduce_(0, row, n, "amax")
         p.append(q)
         seen.append(torch.stack([total, kinds[:, 1:].sum(1), most.double()], 1).float())
+    for key, parent in zip(recent, self.parents[len(self.counted) :]):
+        q, s = _recent(key, self.column[x], self.width, before, p[parent])
+        p.append(q)
+        seen.append(s)
     return torch.stack(p, 1), torch.stack(seen, 1)
 
 CountExperts.rows_by_tensors = rows_by_tensors
 
 # %% ../../nbs/60_bytropix.experts.ipynb #0018
+def _recent(key: Tensor, columns: Tensor, width: int, before: int, back: Tensor) -> tuple[Tensor, Tensor]:  # (B, T), (B, T), …, (N, width)
+    "What followed the context of each place earlier in its window, backed off."
+    same = (key[:, before:, None] == key[:, None]) & (key[:, before:, None] != UNKNOWN)
+    earlier = torch.arange(key.shape[1]) < torch.arange(before, key.shape[1])[:, None]
+    following = torch.nn.functional.one_hot(columns, width)[:, 1:].double()  # (B, T − 1, width)
+    n = ((same & earlier)[..., :-1].double() @ following).flatten(0, 1)
+    total, kinds = n.sum(1), (n > 0).sum(1).double()
+    share = torch.where(total > 0, RECENT * kinds / total.clamp_min(1), 1).float()
+    q = share[:, None] * back + torch.where(n > 0, (n - RECENT) / total.clamp_min(1)[:, None], 0).float()
+    return q, torch.stack([total, kinds, n.amax(1)], 1).float()
+
+# %% ../../nbs/60_bytropix.experts.ipynb #0019
 def _entries(t: Counts, key: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Of all rows together: the row, the entry, and its count without the row's block (0 or more)."
     keys, first = torch.from_numpy(t.keys), torch.from_numpy(t.first)
@@ -168,23 +197,23 @@ def _entries(t: Counts, key: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Te
     mine = torch.from_numpy(t.own_blocks)[place].long() == blocks.long()[row[which]]
     return row, entry, n.index_add(0, which[mine], -torch.from_numpy(t.own_counts)[place[mine]].long())
 
-# %% ../../nbs/60_bytropix.experts.ipynb #0025
+# %% ../../nbs/60_bytropix.experts.ipynb #0026
 KEPT = ("keys", "first", "symbols", "counts")
 
 def _save_to_state_dict(self, destination, prefix, keep_vars):
     nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-    for kind, t in zip(self.kinds, self.tables):
+    for kind, t in zip(self.counted, self.tables):
         for name in KEPT:
             destination[f"{prefix}{kind}.{name}"] = torch.from_numpy(getattr(t, name))
 
 def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-    names = [f"{prefix}{kind}.{name}" for kind in self.kinds for name in KEPT]
+    names = [f"{prefix}{kind}.{name}" for kind in self.counted for name in KEPT]
     if lost := [n for n in names if n not in state]:
         missing += lost
         return
-    if all(np.array_equal(state[f"{prefix}{k}.{n}"].cpu().numpy(), getattr(t, n)) for k, t in zip(self.kinds, self.tables) for n in KEPT):
+    if all(np.array_equal(state[f"{prefix}{k}.{n}"].cpu().numpy(), getattr(t, n)) for k, t in zip(self.counted, self.tables) for n in KEPT):
         return  # what was counted here, blocks and all
-    tables = [Counts(*(state[f"{prefix}{k}.{n}"].cpu().numpy().copy() for n in KEPT), None, None, None) for k in self.kinds]
+    tables = [Counts(*(state[f"{prefix}{k}.{n}"].cpu().numpy().copy() for n in KEPT), None, None, None) for k in self.counted]
     for t in tables:  # a state does not tell blocks
         t.own, t.own_blocks, t.own_counts = np.zeros(len(t) + 1, np.int64), np.zeros(0, np.uint8), np.zeros(0, np.int32)
     self._take(tables)
