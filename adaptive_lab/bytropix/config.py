@@ -20,7 +20,7 @@ from ..knobs import knob
 from ..wubu.levels import WuBuConfig
 
 # %% ../../nbs/62_bytropix.config.ipynb #0005
-EXPERTS = ["o0", "o1", "o2", "o3", "o4", "o5", "o6", "w0", "w1"]
+EXPERTS = ["o0", "o1", "o2", "o3", "o4", "o5", "o6", "w0", "w1", "r2", "r3", "r4", "r6"]
 
 class Declared(WuBuConfig):
     "The settings, each by itself."
@@ -35,9 +35,10 @@ class Declared(WuBuConfig):
     num_decoder_layers: int = knob(4, "transformer layers of the local decoder", ge=1, le=64, live=False)
     num_encoder_heads: int = knob(8, "attention heads of the local encoder, and of the pooling", ge=1, le=256, live=False)
     num_decoder_heads: int = knob(8, "attention heads of the local decoder", ge=1, le=256, live=False)
+    attention_span: int = knob(0, "bytes of a block: attention sees its own block and the one before; 0: all of the window", ge=0, le=65536, live=False)
     patching: Literal["babylon", "stride", "whitespace"] = knob("babylon", "what cuts bytes into patches", live=False)
     mean_patch: float = knob(4.5, "bytes of a patch, on the average over the training text", ge=1, le=64, live=False)
-    experts: list[str] = knob(EXPERTS, "contexts whose followers are counted: o3 the last 3 bytes, w1 a word and the one before; none: an empty list", live=False)
+    experts: list[str] = knob(EXPERTS, "contexts whose followers are counted: o3 the last 3 bytes, w1 a word and the one before, r3 the last 3 bytes in the window itself; none: an empty list", live=False)
     expert_bytes: int = knob(32_000_000, "bytes of the training text that are counted at most", ge=1000, le=10**9, log=True, live=False)
 
 # %% ../../nbs/62_bytropix.config.ipynb #0007

@@ -25,20 +25,21 @@ class LocalEncoder(nn.Module):
         n_gram_sizes: list[int] = (3, 4),
         n_gram_vocab_size: int = 30000,  # rows for each size
         dropout: float = 0.0,
+        span: int | None = None,  # bytes of a block: layers look at their own block and the one before; None: at all before
     ):
         super().__init__()
-        self.bytes, self.places = nn.Embedding(256, dim), nn.Embedding(context, dim)
+        self.bytes, self.places = nn.Embedding(256, dim), nn.Embedding(min(context, 2 * span) if span else context, dim)
         self.sizes = tuple(n_gram_sizes)
         self.grams = nn.ModuleList(nn.Embedding(n_gram_vocab_size, dim) for _ in self.sizes)
         for e in (self.bytes, self.places, *self.grams):
             nn.init.normal_(e.weight, std=0.5 if e is self.bytes else 0.1)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout=dropout) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout=dropout, span=span) for _ in range(num_layers))
 
 # %% ../../nbs/61_bytropix.encoder.ipynb #0007
 def embed(self, x: Tensor, before: int = 0) -> Tensor:  # (B, T) -> (B, T - before, dim)
     "The embedding of each byte behind the first `before`."
-    e = self.bytes(x[:, before:]) + self.places.weight[before : x.shape[1]]
+    e = self.bytes(x[:, before:]) + self.places(torch.arange(before, x.shape[1], device=x.device) % self.places.num_embeddings)
     for n, table in zip(self.sizes, self.grams):
         tail = x[:, max(0, before + 1 - n) :]
         e = e + table(ngram_hashes(tail, n, table.num_embeddings)[:, -(x.shape[1] - before) :])

@@ -83,12 +83,17 @@ byte_model.check, byte_model.turn = check, turn
 # %% ../../nbs/64_bytropix.recipe.ipynb #0009
 @torch.no_grad()
 def measure(self, tests: dict) -> dict[str, float]:
-    "Bits per byte on each held-out set of windows, as `bits/NAME`, and their mean as `bits`."
-    found = {}
+    "On each held-out set of windows `accuracy/NAME` and `bits/NAME`, and their means as `accuracy` and `bits`."
+    device, found = self.memory.weight.device, {}
     for name, (X, y) in tests.items():
-        nats = [F.cross_entropy(self(x.to(self.memory.weight.device)).flatten(0, 1), t.flatten().to(self.memory.weight.device), reduction="sum") for x, t in zip(X.split(16), y.split(16))]
-        found[f"bits/{name}"] = (sum(n.item() for n in nats) / y.numel()) / math.log(2)
-    return dict(bits=sum(found.values()) / len(found), **found)
+        right, nats = 0, 0.0
+        for x, t in zip(X.split(16), y.to(device).split(16)):
+            z = self(x.to(device))
+            right += (z.argmax(-1) == t).sum().item()
+            nats += F.cross_entropy(z.flatten(0, 1), t.flatten(), reduction="sum").item()
+        found[f"accuracy/{name}"], found[f"bits/{name}"] = right / y.numel(), nats / y.numel() / math.log(2)
+    mean = lambda kind: sum(v for k, v in found.items() if k.startswith(kind)) / len(tests)
+    return dict(accuracy=mean("accuracy"), bits=mean("bits"), **found)
 
 ByteModel.measure = measure
 

@@ -214,7 +214,7 @@ static void attend(const float *restrict q, const float *restrict keys, const fl
 
 # %% ../../nbs/62_bytropix.step_kernel.ipynb #0024
 BLOCK, Block = record("Block", "const float *norm1, *norm2; Matrix qkv, out, up, down; float *keys, *values; int64_t heads, most, span;")
-CROSS, Cross = record("Cross", "const float *norm; Matrix q, kv, out; float *keys, *values; int64_t heads, most;")
+CROSS, Cross = record("Cross", "const float *norm, *empty; Matrix q, kv, out; float *keys, *values; int64_t heads, most;")
 ROWS, Rows = record("Rows", "float *e, *a, *b, *s; int64_t wide;")
 
 SOURCE += BLOCK + CROSS + ROWS + """
@@ -255,12 +255,14 @@ void cross_read(const Cross *c, const float *memory, float *kv, int64_t patch) {
     apply(&c->kv, memory, kv, 0, 1);
     keep(c->keys, c->values, kv, kv + dim, patch + 1, c->heads, dim / c->heads, c->most);  // the first place is the empty one
 }
-void cross_attention(const Cross *c, const Rows *r, const int64_t *finished, int64_t T) {
+void cross_attention(const Cross *c, const Rows *r, const int64_t *first, const int64_t *finished, int64_t T) {
     const int64_t dim = c->out.outputs, d = dim / c->heads;
     all_normed(c->norm, r, dim, T);
     apply(&c->q, r->a, r->b, r->wide, T);
-    for (int64_t t = 0; t < T; t++)
-        attend(r->b + t * r->wide, c->keys, c->values, r->a + t * r->wide, r->s, finished[t] + 1, c->heads, d, c->most);
+    for (int64_t t = 0; t < T; t++) {
+        if (first[t]) keep(c->keys, c->values, c->empty, c->empty + dim, first[t], c->heads, d, c->most);
+        attend(r->b + t * r->wide, c->keys + first[t], c->values + first[t] * lanes(d), r->a + t * r->wide, r->s, finished[t] + 1 - first[t], c->heads, d, c->most);
+    }
     apply(&c->out, r->a, r->b, r->wide, T);
     add(r, dim, T);
 }
@@ -288,4 +290,4 @@ def cross_record(weights: Weights, c: CrossAttention, norm: torch.nn.LayerNorm, 
     keys, values = caches(weights, c.heads, d, most + 1)
     keys[:, :, 0], values[:, 0, :d] = c.empty.detach().view(2, c.heads, d)
     matrices = map(weights.linear, (c.q, c.kv, c.out))
-    return Cross(weights.at(norm.weight), *matrices, keys.data_ptr(), values.data_ptr(), c.heads, places(most + 1))
+    return Cross(weights.at(norm.weight), weights.at(c.empty), *matrices, keys.data_ptr(), values.data_ptr(), c.heads, places(most + 1))

@@ -17,7 +17,7 @@ from .step_kernel import Weights, record
 
 # %% ../../nbs/63_bytropix.text_kernel.ipynb #0007
 TEXT, Text = record("Text", """
-    uint8_t *bytes, *letter, *lower, *code; uint64_t *value, *power, *inverse, *plain, *said; int64_t *read, *first;
+    uint8_t *bytes, *letter, *lower, *code; uint64_t *value, *power, *inverse, *plain, *said; int64_t *read, *first, *done;
     int64_t length, gap, sixteenths, since, due, last, flags, opened, finished;
 """)
 
@@ -85,7 +85,7 @@ def text_record(weights: Weights, rule: Rule, context: int) -> Text:
     numbers = lambda: weights.room(n, dtype=torch.int64).data_ptr()
     fixed = [weights.at(t, torch.uint8) for t in (LETTER, SMALL, torch.from_numpy(rule.code))]
     sums = [weights.at(t, torch.int64) for t in (VALUES, powers(R, n), powers(INVERSE, n))]
-    return Text(weights.room(n, dtype=torch.uint8).data_ptr(), *fixed, *sums, *(numbers() for _ in range(4)), gap=-1, sixteenths=rule.sixteenths, last=10)
+    return Text(weights.room(n, dtype=torch.uint8).data_ptr(), *fixed, *sums, *(numbers() for _ in range(5)), gap=-1, sixteenths=rule.sixteenths, last=10)
 
 def emptied(text: Text):
     "Begin again: no byte was read, and before the first one stands a line feed."
