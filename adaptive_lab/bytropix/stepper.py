@@ -35,7 +35,7 @@ STEP, Step = record("Step", f"""
     Text text; Rows rows; const float *bytes, *places; const Gram *grams; int64_t many_grams; {KINDS_OF_TABLES}
     const Block *encoder; int64_t encoders; const Block *decoder; const Cross *crosses; int64_t decoders;
     const float *pool_norm; Matrix scores, values, pooled; float *scored, *valued; int64_t heads;
-    const void *levels; int64_t many_levels; void *through; Matrix memory; const float *norm; Matrix head; int64_t hierarchical, dim, context; double discount;
+    const void *levels; int64_t many_levels; void *through; Matrix memory; const float *norm; Matrix head; int64_t hierarchical, dim, context, many_places, span; double discount;
     float *p, *seen, *patch, *room;
 """)
 SOURCE = LAYERS + EXPERTS + TEXTS + GRAM + STEP
@@ -72,7 +72,7 @@ static void ask(Step *m, int64_t t) {  // the experts' distributions, and what t
 }
 static void embed(Step *m, int64_t t) {
     const Text *s = &m->text;
-    const float *byte = m->bytes + s->bytes[s->length - 1] * m->dim, *place = m->places + (s->length - 1) * m->dim;
+    const float *byte = m->bytes + s->bytes[s->length - 1] * m->dim, *place = m->places + (s->length - 1) % m->many_places * m->dim;
     float *e = m->rows.e + t * m->rows.wide;
     for (int64_t i = 0; i < m->dim; i++) e[i] = byte[i] + place[i];
     for (const Gram *g = m->grams; g < m->grams + m->many_grams; g++) {
@@ -138,7 +138,7 @@ static void pool(Step *m, int64_t before, int64_t T) {
 SOURCE += """
 static void piece(Step *m, const uint8_t *bytes, int64_t T) {
     const int64_t before = m->text.length;
-    int64_t finished[PIECE];
+    int64_t first[PIECE], finished[PIECE];
     for (int64_t t = 0; t < T; t++) {
         take(&m->text, bytes[t]);
         embed(m, t);
@@ -150,11 +150,12 @@ static void piece(Step *m, const uint8_t *bytes, int64_t T) {
     for (int64_t t = 0; t < T; t++) {
         m->text.length = before + t + 1;
         if (ends(&m->text, bytes[t])) remember(m);
-        finished[t] = m->text.finished;
+        finished[t] = m->text.done[before + t] = m->text.finished;
+        first[t] = m->span && (before + t) / m->span > 1 ? m->text.done[((before + t) / m->span - 1) * m->span - 1] : 0;
     }
     for (int64_t l = 0; l < m->decoders; l++) {
         block_attention(m->decoder + l, &m->rows, before, T);
-        cross_attention(m->crosses + l, &m->rows, finished, T);
+        cross_attention(m->crosses + l, &m->rows, first, finished, T);
         block_network(m->decoder + l, &m->rows, T);
     }
 }
@@ -231,7 +232,7 @@ def layer_fields(weights: Weights, model: ByteModel) -> dict:
         bytes=weights.shared(enc.bytes.weight), places=weights.shared(enc.places.weight), grams=array(weights, Gram, grams), many_grams=len(grams),
         encoder=blocks(enc.blocks), encoders=len(enc.blocks), decoder=blocks(dec.blocks), crosses=array(weights, Cross, crosses), decoders=len(dec.blocks),
         pool_norm=weights.at(pool.norm.weight), scores=weights.linear(pool.scores), values=weights.linear(pool.values), pooled=weights.linear(pool.out),
-        scored=weights.room(n, heads).data_ptr(), valued=weights.room(n, dim).data_ptr(), heads=heads, dim=dim, context=n,
+        scored=weights.room(n, heads).data_ptr(), valued=weights.room(n, dim).data_ptr(), heads=heads, dim=dim, context=n, many_places=len(enc.places.weight), span=dec.span or 0,
         norm=weights.at(dec.norm.weight), head=weights.linear(model.head.out), hierarchical=model.head.hierarchical,
     )
 
