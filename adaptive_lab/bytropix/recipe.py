@@ -107,15 +107,19 @@ def locate(self, text: bytes) -> list[Tensor]:  # per level (1, n)
     "The tangent coordinates of a text (its last context_window bytes) in each level. Raises `ValueError` if it is empty."
     if not text:
         raise ValueError("the text is empty: type at least one byte")
-    x = torch.tensor([list(text[-self.context :])], device=self.memory.weight.device)
+    return self._places([text[-self.context :]])
+
+def _places(self, texts: list[bytes]) -> list[Tensor]:  # texts of one length -> per level (texts, n)
+    x = torch.tensor([list(t) for t in texts], device=self.memory.weight.device)
     with at_rest(self):
         e, _ = self.stream(x)
         return self.levels.states(self.pool(e, torch.zeros_like(x), 1)[:, 0])
 
 def named_points(self) -> list[tuple[list[str], Tensor, str]]:
     "For each level: the names of the common words, their tangent coordinates (words, n), and what they are."
-    words = getattr(self, "words", [])
-    places = [self.locate(f"{w} ".encode()) for w in words]
+    words = sorted(getattr(self, "words", []), key=lambda w: len(w.encode()))
+    together = [[w for w in words if len(w.encode()) == n] for n in sorted({len(w.encode()) for w in words})]
+    places = [self._places([f"{w} ".encode() for w in group]) for group in together]
     return [(words, torch.cat([p[i] for p in places]), "word") for i in range(len(self.config.hyperbolic_dims))] if words else []
 
-ByteModel.locate, ByteModel.named_points = locate, named_points
+ByteModel.locate, ByteModel._places, ByteModel.named_points = locate, _places, named_points
