@@ -14,7 +14,7 @@ from adaptive_lab.wubu.level_kernel import kernel
 from adaptive_lab.wubu.levels import WuBuConfig, WuBuLevels
 from adaptive_lab.wubu.maps import QuaternionLinear, TangentMap
 from adaptive_lab.wubu.rotations import QuaternionRotation, SpecialOrthogonal, cayley, rotation, skew
-from adaptive_lab.wubu.tangent import tangent_add, tangent_dist
+from adaptive_lab.wubu.tangent import tangent_add, tangent_dilate, tangent_dist
 
 SMALL = dict(hyperbolic_dims=[8, 12, 4], dropout=0.0)
 
@@ -52,7 +52,7 @@ def configs(draw):
 
 
 @given(configs(), st.integers(0, 99), st.booleans())
-@settings(max_examples=120, deadline=None, database=None)
+@settings(max_examples=80, deadline=None, database=None)
 def test_every_learnable_tensor_has_a_gradient(knobs, seed, flat):
     torch.manual_seed(seed)
     model = WuBuLevels(WuBuConfig(**knobs), 5, Flat if flat else Hyperbolic)
@@ -211,6 +211,14 @@ def test_curvature_is_more_than_a_factor():
             off = (a - b * (a @ b) / (b @ b)).norm() / a.norm()
             carried = name == "set_spread" and j == i + 1  # inherited landmarks bring their spread
             assert (off > 1e-3) if j >= i else off < 1e-6, (i, name, j, carried)
+
+
+def test_between_levels_the_relative_position_in_the_ball_is_kept():
+    model = made(initial_curvatures=[0.5, 2.0, 1.0], initial_scales=[1.0, 0.3, 2.0], rotation_types=["identity", "so_n"])
+    v = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    wanted = tangent_dilate(v, model.c[0], model.s[0], model.c[1], model.s[1])
+    assert torch.allclose(model.frames()[1].turn * v, wanted, rtol=1e-6)
+    assert torch.allclose(torch.linalg.matrix_norm(model.frames()[2].turn, 2), model.c[1].sqrt() * model.s[1] / (model.c[2].sqrt() * model.s[2]), rtol=1e-5)
 
 
 def test_a_landmark_is_more_than_a_bias():
