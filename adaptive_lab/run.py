@@ -50,15 +50,16 @@ class seeded:
 # %% ../nbs/16_run.ipynb #0010
 @torch.no_grad()
 def evaluate(model, tests: dict) -> dict[str, float]:
-    "Accuracy in [0, 1] on each held-out set, as `accuracy/NAME`, their mean as `accuracy`, and what the model's own `measure(tests)` gives. Leaves the model as it was."
+    "Accuracy in [0, 1] on each held-out set, as `accuracy/NAME`, and their mean as `accuracy`; or what the model's own `measure(tests)` gives. Leaves the model as it was."
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
+        if hasattr(model, "measure"):
+            return model.measure(tests)
         scores = {f"accuracy/{name}": (model(X.to(device)).argmax(-1) == y.to(device)).float().mean().item() for name, (X, y) in tests.items()}
-        more = model.measure(tests) if hasattr(model, "measure") else {}
     finally:
         model.train(training)
-    return dict(accuracy=sum(scores.values()) / len(scores), **scores, **more)
+    return dict(accuracy=sum(scores.values()) / len(scores), **scores)
 
 # %% ../nbs/16_run.ipynb #0012
 @torch.no_grad()

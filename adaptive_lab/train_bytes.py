@@ -82,7 +82,7 @@ def training_flags(p):
     for name, default in DEFAULTS.items():
         p.add_argument(f"--{name}", type=type(default), default=None, help=f"{told[name]} (default: {default:g})")
     p.add_argument("--steps", type=at_least_one, help="optimizer steps, instead of epochs")
-    p.add_argument("--eval_every", type=at_least_one, help="steps between two looks at the validation text (default: ten in an epoch)")
+    p.add_argument("--eval_every", type=at_least_one, help="steps between two looks at the validation text (default: four in an epoch, 20 steps apart at least)")
     p.add_argument("--no_amp", action="store_true", help="float32 throughout (default: bfloat16 where it helps)")
     p.add_argument("--detect_anomaly", action="store_true", help="find the operation that made a NaN (slow)")
     p.add_argument("--wandb", action="store_true", help="send the measurements to Weights & Biases, if it is installed")
@@ -108,7 +108,7 @@ def recipe_of(o: argparse.Namespace) -> Recipe:
     windows = len(text_bytes(Text(**data))[0]) // context
     per_epoch = max(1, -(-windows // (get("batch_size") * get("grad_accum_steps"))))
     steps = o.steps or max(1, math.ceil(per_epoch * get("epochs")))
-    run = dict(seed=get("seed"), steps=steps, eval_every=o.eval_every or max(1, min(per_epoch // 10, 500)))
+    run = dict(seed=get("seed"), steps=steps, eval_every=o.eval_every or max(20, min(per_epoch // 4, 500)))
     training = dict(clip=get("max_grad_norm"), accumulate=get("grad_accum_steps"), precision="no" if o.no_amp or not half() else "bf16")
     groups = dict(run=run, training=training, data=data, model=model, optimizer=optimizer_knobs(o, get, steps))
     return Recipe("text", "byte_model", optimizer_of(o), {f"{g}.{n}": v for g, knobs in groups.items() for n, v in knobs.items()})

@@ -18,7 +18,6 @@ import traitlets
 from ..draw import curves
 from ..durable import write_durably
 from ..knobs import walk
-from .controls import control, place
 from .picture import STATIC, Picture
 from .training import SHARE, WRAP, TrainingPanel
 from .views import loss_view
@@ -114,33 +113,7 @@ def _lay_out(self, live, fixed):
     self.root = w.VBox([w.Box([*self.buttons.values(), self.n, self.pace], layout=WRAP), self.status, w.Box([left, right], layout=WRAP)])
     self.root.add_class("al-panel")
 
-# %% ../../nbs/91_panels.spheres.ipynb #0019
-def _make_controls(self):
-    "As every panel makes them, but for knobs that no control can show."
-    self.controls, self.declared, live, fixed = {}, {}, [], []
-    for group in ("optimizer", "training", "run", "data", "model"):
-        for k in walk(self.run.recipe.declared[group]):
-            try:
-                made = control(k, getattr(self.run.knobs[group], k.name))
-            except (ValueError, traitlets.TraitError):  # a list, or a number without a range
-                continue
-            address = f"{group}.{k.name}"
-            self.controls[address], self.declared[address] = made, k
-            (live if k.live else fixed).append(made)
-            if k.live:
-                made.observe(lambda change, address=address: self._at_home(self._turned, address, change["new"]), "value")
-    return live, fixed
-
-def _show_values(self):
-    "Let every control show the value that holds (or waits)."
-    self._quiet, now = True, self.live.settings()
-    try:
-        for address, made in self.controls.items():
-            place(made, self.declared[address], now[address])
-    finally:
-        self._quiet = False
-
-# %% ../../nbs/91_panels.spheres.ipynb #0021
+# %% ../../nbs/91_panels.spheres.ipynb #0020
 def _moment(self) -> Snapshot | None:
     "The run as it is, or as it will be at the next step; None when nothing was seen yet."
     found = self.live.look(seen)
@@ -171,7 +144,7 @@ def _show_spheres(self, heard: int | None = None, near: bool = False):
         if heard is not None:
             self.view.heard = heard
 
-# %% ../../nbs/91_panels.spheres.ipynb #0022
+# %% ../../nbs/91_panels.spheres.ipynb #0021
 def _keep_moment(self, now: Snapshot):
     "One snapshot more in the film."
     self.film = [*(s for s in self.film if s.step < now.step), now]
@@ -191,7 +164,7 @@ def _show_found(self):
               for level, v, axes in zip(now.levels, self._places, self.scene.axes)]
     self.view.found = dict(text=text, note=f"as the model was after step {self._looked['text']}", levels=levels)
 
-# %% ../../nbs/91_panels.spheres.ipynb #0024
+# %% ../../nbs/91_panels.spheres.ipynb #0023
 def _measure(self, soon: bool = False):
     "Have the named points and the text looked for, what it is time for; the text in any case when it is wanted soon."
     now, running = time.perf_counter(), self.live.state == "running"
@@ -203,7 +176,7 @@ def _measure(self, soon: bool = False):
     self._task = self.live.between(lambda run: (run, run.index, *measured(run.model, text, words)))
     self._task.add_done_callback(lambda f: self._at_home(self._measured, f, text))
 
-# %% ../../nbs/91_panels.spheres.ipynb #0025
+# %% ../../nbs/91_panels.spheres.ipynb #0024
 def _measured(self, future, text: str):
     "It was looked for."
     if (error := future.exception()) is not None:
@@ -227,7 +200,7 @@ def _typed(self):
     "A text was typed."
     self._measure(soon=True)
 
-# %% ../../nbs/91_panels.spheres.ipynb #0027
+# %% ../../nbs/91_panels.spheres.ipynb #0026
 def _wished(self):
     "The page asks for other numbers."
     self._wish |= {(level, key): float(value) for level, key, value in self.view.asked}
@@ -256,7 +229,7 @@ def _enable(self, on: bool):
     TrainingPanel._enable(self, on)
     self.view.locked = not on
 
-# %% ../../nbs/91_panels.spheres.ipynb #0028
+# %% ../../nbs/91_panels.spheres.ipynb #0027
 def draw(self, leave=frozenset()):
     "Renew the pictures, those that change slowly unless there is something to leave, and the status line."
     self._fresh()
@@ -269,7 +242,7 @@ def draw(self, leave=frozenset()):
             self.disks[i].svg = disk_svg(levels[i], f"level {i}", LEVEL_COLORS[i % len(LEVEL_COLORS)], self.scene.axes[i], 260, labels=0)
     self._say()
 
-# %% ../../nbs/91_panels.spheres.ipynb #0029
+# %% ../../nbs/91_panels.spheres.ipynb #0028
 def _held_out(self) -> str:
     "Bits per byte on held-out text, where the model measures them."
     found = [e for e in self.run.evaluations if "bits" in e]
@@ -294,5 +267,5 @@ def _pictures(self) -> list[str]:
     "What stays in the file."
     return [*([spheres_svg(self.scene, -1)] if self.scene else ()), *(p.svg for p in (*self.disks, self.loss, self.bits))]
 
-for f in (_lay_out, _make_controls, _show_values, _moment, _show_spheres, _keep_moment, _show_found, _measure, _measured, _typed, _wished, _sent, _fixed, _enable, draw, _held_out, export, _pictures):
+for f in (_lay_out, _moment, _show_spheres, _keep_moment, _show_found, _measure, _measured, _typed, _wished, _sent, _fixed, _enable, draw, _held_out, export, _pictures):
     setattr(SpheresPanel, f.__name__, f)

@@ -15,6 +15,7 @@ from pathlib import Path
 from weakref import WeakSet
 
 import ipywidgets as w
+from traitlets import TraitError
 
 from ..knobs import KnobError, walk
 from ..live import Live
@@ -78,11 +79,14 @@ def _button(self, text, tip, act, icon=""):
 
 # %% ../../nbs/90_panels.training.ipynb #0011
 def _make_controls(self):
-    "One control a knob, by address; sets `controls` (address -> widget) and returns the live ones and the others."
+    "One control a knob, by address, where one can show it; sets `controls` (address -> widget) and returns the live ones and the others."
     self.controls, self.declared, live, fixed = {}, {}, [], []
     for group in ("optimizer", "training", "run", "data", "model"):
         for k in walk(self.run.recipe.declared[group]):
-            made = control(k, getattr(self.run.knobs[group], k.name))
+            try:
+                made = control(k, getattr(self.run.knobs[group], k.name))
+            except (ValueError, TraitError):  # a list, or a number without a range
+                continue
             self.controls[f"{group}.{k.name}"], self.declared[f"{group}.{k.name}"] = made, k
             (live if k.live else fixed).append(made)
             if k.live:
@@ -149,8 +153,9 @@ def _show_values(self):
     "Let every control show the value that holds (or waits)."
     self._quiet = True
     try:
-        for address, value in self.live.settings().items():
-            place(self.controls[address], self.declared[address], value)
+        now = self.live.settings()
+        for address, made in self.controls.items():
+            place(made, self.declared[address], now[address])
     finally:
         self._quiet = False
 

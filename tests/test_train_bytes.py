@@ -1,0 +1,90 @@
+"adaptive-lab train-bytes in one process and in two: the same losses; a killed worker and a restart end in the same bits."
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from adaptive_lab.data.text import stdlib_bytes
+from adaptive_lab.run import Run, weights_digest
+from adaptive_lab.store import Store
+from adaptive_lab.train_bytes import train_bytes
+
+SMALL = "--preset small --local_hidden_size 16 --decoder_memory_dim 16 --hyperbolic_dims 8 8 4 --context_window 48 --batch_size 4 --eval_every 4 --no_amp --no_pictures --quiet".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(bytes(stdlib_bytes(20_000)))
+    return path
+
+
+def command(processes: int, *flags) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "adaptive_lab.cli", "train-bytes", *SMALL, *map(str, flags)]
+
+
+def launched(processes, *flags):
+    done = subprocess.run(command(processes, *flags), env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def of(folder) -> Run:
+    return Run.resume(Store(folder), "bytes")
+
+
+def test_two_processes_make_the_losses_of_one_and_a_restart_the_same_bits(text, tmp_path):
+    "The sums of the gradients are added in another order, nothing else differs; in two processes, stopped and gone on, every bit is that of two that were not stopped."
+    launched(2, "--data_path", text, "--checkpoint_dir", tmp_path / "two", "--steps", 12)
+    assert train_bytes([*SMALL, "--data_path", str(text), "--checkpoint_dir", str(tmp_path / "one"), "--steps", "12"]) == 0
+    one, two = of(tmp_path / "one"), of(tmp_path / "two")
+    assert len(one.losses) == 12 and one.losses[0] != one.losses[-1]
+    np.testing.assert_allclose(two.losses, one.losses, rtol=2e-5)
+
+    p = subprocess.Popen(command(2, "--data_path", text, "--checkpoint_dir", tmp_path / "killed", "--steps", 12, "--save-every", 4),
+                         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.time() + 240
+    store = Store(tmp_path / "killed")
+    while not store.checkpoints("bytes"):
+        assert time.time() < end and p.poll() is None
+        time.sleep(0.01)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    assert 4 <= max(c.step for c in store.checkpoints("bytes")) < 12, "too late: it had ended"
+    launched(2, "--checkpoint_dir", tmp_path / "killed", "--resume")
+    again = of(tmp_path / "killed")
+    assert again.index == 12 and again.losses == two.losses and weights_digest(again.model) == weights_digest(two.model)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--hyperbolic_dims", "8", "4"], "num_levels=3 needs 3"),
+    (["--rotation_types", "so_n", "spin"], "rotation_types"),
+    (["--local_hidden_size", "15"], "num_encoder_heads"),
+    (["--dropout", "1.5"], "dropout"),
+    (["--data_path", "absent.txt"], "absent.txt"),
+    (["--experts", "o3", "q9"], "q9"),
+    (["--learning_rate", "-1"], "lr"),
+])
+def test_a_flag_that_cannot_be_is_refused_by_name(text, tmp_path, capsys, flags, said):
+    from adaptive_lab.cli import main
+
+    given = ["train-bytes", *SMALL, "--data_path", str(text), "--checkpoint_dir", str(tmp_path / "out"), *flags]
+    assert main(given) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out" / "records").exists() or not list((tmp_path / "out" / "records").iterdir())
+
+
+def test_a_name_that_is_taken_is_not_overwritten_unasked(text, tmp_path, capsys):
+    from adaptive_lab.cli import main
+
+    given = ["train-bytes", *SMALL, "--data_path", str(text), "--checkpoint_dir", str(tmp_path), "--steps", "2"]
+    assert main(given) == 0
+    before = weights_digest(of(tmp_path).model)
+    assert main(given) == 2 and "bytes" in capsys.readouterr().err
+    assert weights_digest(of(tmp_path).model) == before
+    assert main([*given, "--overwrite", "--seed", "7"]) == 0
+    assert weights_digest(of(tmp_path).model) != before
