@@ -47,6 +47,7 @@ def configs(draw):
         transform_types=pick("mlp", "linear", "quat", size=n - 1),
         relative_vector_aggregation=draw(st.sampled_from(["mean", "sum", "none"])),
         tangent_flow_type=draw(st.sampled_from(["mlp", "linear", "none"])),
+        tangent_flow_scale=draw(st.sampled_from([1.0, 0.3, 0.0])),
         **{k: draw(st.booleans()) for k in ("no_learnable_curvature", "no_learnable_scales", "no_learnable_spread", "no_level_descriptors", "no_level_spread", "no_tangent_flow")},
     )
 
@@ -62,7 +63,7 @@ def test_every_learnable_tensor_has_a_gradient(knobs, seed, flat):
     for what, off in (("curvature", "no_learnable_curvature"), ("scale", "no_learnable_scales"), ("spread", "no_learnable_spread")):
         assert not (knobs[off] and what in names)
     assert not knobs["no_level_descriptors"] or not any("descriptor" in name for name, _ in model.named_parameters())
-    assert not (knobs["no_tangent_flow"] or knobs["tangent_flow_type"] == "none") or not any("flow" in name for name, _ in model.named_parameters())
+    assert not (knobs["no_tangent_flow"] or knobs["tangent_flow_type"] == "none" or not knobs["tangent_flow_scale"]) or not any("flow" in name for name, _ in model.named_parameters())
     assert not knobs["no_level_spread"] or not any("spread" in name for name in model.state_dict())
 
 

@@ -139,7 +139,7 @@ class Level(nn.Module):
             self.spread = None
         self.boundary = nn.Parameter(F.normalize(torch.randn(P, n), dim=-1)) if P else None
         self.descriptor = None if k.no_level_descriptors else nn.Parameter(torch.randn(1, n) * k.level_descriptor_init_scale)
-        kind = "none" if k.no_tangent_flow else k.tangent_flow_type
+        kind = "none" if k.no_tangent_flow or not k.tangent_flow_scale else k.tangent_flow_type
         self.flow = None if kind == "none" else network(kind, n, n, max(16, n // 2), k.dropout)
 
 # %% ../../nbs/52_wubu.levels.ipynb #0014
