@@ -277,7 +277,8 @@ def float32_pairs(seed, n, c=1.0, s=1.0):
     r = torch.tensor(RADII)[:, None] / (2 * s)
     u, noise, far = e * r, torch.randn(len(RADII), n, generator=g), r.flip(0)
     others = [f * r, f * far, e * far, e * r * 0.999, 2 * u, u + 1e-3 * r * noise, u + 1e-6 * r * noise, torch.nextafter(u, 2 * u), -u, -u + 1e-5 * r * noise, -e * far, 0 * u]
-    return u.repeat(len(others), 1), torch.cat(others)
+    w = (e * 64).round() / 64 * torch.exp2((r / 43).log2().round())  # few digits: 29w and 43w are parallel to the last bit
+    return torch.cat([*[u] * len(others), 29 * w, -29 * w]), torch.cat([*others, 43 * w, 43 * w])
 
 
 @pytest.mark.parametrize("seed, n, c, s", [(0, 2, 1.0, 1.0), (1, 5, 1.0, 1.0), (2, 17, 1.0, 1.0), (3, 5, 0.1, 1.0), (4, 5, 1.0, 0.25), (5, 3, 3.0, 2.0), (6, 40, 0.01, 5.0)])
@@ -325,6 +326,27 @@ def test_chains_have_the_derivative_one(way, n, c, s):
         back = ball.logmap(x, ball.expmap(x, v))
         torch.testing.assert_close(back, v.detach(), atol=0, rtol=2e-6)
         torch.testing.assert_close((torch.autograd.grad((back * e).sum(), v)[0] * e).sum(-1), torch.ones(len(RADII)), atol=0, rtol=1e-6)
+
+
+def test_the_radial_derivative_of_exp0_is_not_drowned_by_the_tangential_one(way):
+    "In float32, for a gradient along the ray: s / cosh², down to 1e-8 of what is across it."
+    s, rho = 1.3, torch.tensor([0.01, 0.5, 1.5, 3, 5, 7, 9, 10])[:, None]
+    w = (nn.functional.normalize(torch.randn(8, 33, generator=torch.Generator().manual_seed(3)), dim=-1) * rho / s * 1024).round() / 1024
+    v = (w * 3).requires_grad_()  # w is a third of v, to the last bit
+    g = torch.autograd.grad((geometry.expmap0(v, 1.0, s / 3) * w).sum(), v)[0].double()
+    true = w.double() * s / 3 / (s * w.double().norm(dim=-1, keepdim=True)).cosh() ** 2
+    torch.testing.assert_close(g, true, rtol=2e-6, atol=0)
+
+
+def test_curvature_that_depends_on_the_vectors(way):
+    "A second derivative counts no path twice."
+    found = []
+    for dtype in DTYPES:
+        v = torch.tensor([[0.3, 0.7], [1.1, -0.4]], dtype=dtype, requires_grad=True)
+        c = 0.5 + v.square().mean()
+        g = torch.autograd.grad(geometry.expmap0(v, c, 1.0).sum() + tangent_dist(v, v.flip(0), c, 1.0).sum(), v, create_graph=True)[0]
+        found.append((g.double(), torch.autograd.grad(g.square().sum(), v)[0].double()))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_other_scales_in_a_chain():

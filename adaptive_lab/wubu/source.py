@@ -144,6 +144,7 @@ static inline __attribute__((always_inline)) void radial(int log, const float *v
     for (int64_t j = 0; j < ROWS; j++) {  // past the last row, the first again
         int64_t i = at + (j < m ? j : 0);
         c[j] = z->c[i * z->c_step], s[j] = z->s[i * z->s_step], vv[j] = j < m ? (log ? dot : quick_dot)(v + i * n, v + i * n, n) : vv[0];
+        if (!log && j < m && c[j] * s[j] * s[j] * vv[j] > 2) vv[j] = dot(v + i * n, v + i * n, n);  // steep, see below
     }
     if (log) log0_factors(vv, c, s, f, bend); else exp0_factors(vv, c, s, f, bend);
     for (int64_t j = 0, i = at; j < m; j++, i++) {
@@ -211,14 +212,13 @@ static inline Angle angle(const float *u, const float *v, int64_t n, double uu, 
     if (!(vv > 0)) return (Angle){0, 0};
     double t = uv / vv, cos2 = uu > 0 ? uv * t / uu : 0;
     if (cos2 < .9) return (Angle){t, 1 - cos2};
-    Doubles a = {0}, b = {0};
+    Doubles a = {0};
     double high = (float)t, low = t - high;  // high·v is exact
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8) { Doubles y = load(v + i), r = (load(u + i) - y * high) - y * low; a += r * r, b += r * y; }
-    double rr = total(a), rv = total(b);
-    for (; i < n; i++) { double y = v[i], r = (u[i] - y * high) - y * low; rr += r * r, rv += r * y; }
-    rr -= rv * rv / vv;
-    return (Angle){t + rv / vv, rr > 1e-24 * uu ? rr / uu : 0};  // float32 vectors at a smaller angle are parallel
+    for (; i + 8 <= n; i += 8) { Doubles y = load(v + i), r = (load(u + i) - y * high) - y * low; a += r * r; }
+    double rr = total(a);
+    for (; i < n; i++) { double y = v[i], r = (u[i] - y * high) - y * low; rr += r * r; }
+    return (Angle){t, rr > 1e-24 * uu ? rr / uu : 0};  // float32 vectors at a smaller angle are parallel
 }
 """
 

@@ -82,9 +82,8 @@ def log0(x: Tensor, gap: Tensor, c: Tensor, s: Tensor) -> Tensor:  # float64 (�
 def residual(u: Tensor, v: Tensor, vv: Tensor) -> Tensor:  # float64 (…, n), (…, n), and the squared norm of v -> (…, n)
     "What is left of u beside its projection on v."
     w = u - v
-    t = dot(w, v) / vv
-    large = t.detach().float().to(t.dtype)
-    r = w - large[..., None] * v - (t - large)[..., None] * v
+    most = (dot(w, v) / vv).detach().float().to(w.dtype)
+    r = w - most[..., None] * v
     return r - (dot(r, v) / vv)[..., None] * v
 
 def half_angle(u: Tensor, v: Tensor, uu: Tensor, vv: Tensor) -> Tensor:  # float64 (…, n), (…, n), and their squared norms
