@@ -184,7 +184,7 @@ def test_autocast_leaves_the_geometry_in_float32():
     plain = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         cast = model(x)
-        assert model(x.bfloat16()).dtype == torch.float32
+        assert model(x.bfloat16()).dtype == torch.float32 and torch.equal(model(x, model.frames()), plain)
     assert cast.dtype == torch.float32 and torch.equal(cast, plain)
     with torch.autocast("cpu", torch.bfloat16):
         assert dead(model, x) == []

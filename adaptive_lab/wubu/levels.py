@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'fit_list', 'PerLevel', 'WuBuConfig', 'raw_for', 'Positive', 'Level', 'c', 's', 'sigma', 'Frame', 'Frames',
-           'WuBuLevels', 'frames', 'forward', 'states', 'walk', 'compiled', 'packed', 'level_at', 'set_curvature',
-           'set_scale', 'set_spread', 'boundary_points', 'descriptor']
+           'WuBuLevels', 'made_frames', 'frames', 'forward', 'states', 'walk', 'compiled', 'packed', 'level_at',
+           'set_curvature', 'set_scale', 'set_spread', 'boundary_points', 'descriptor']
 
 # %% ../../nbs/52_wubu.levels.ipynb #0003
 import math
@@ -193,8 +193,8 @@ class WuBuLevels(nn.Module):
         return self.maps[i - 1](turned(V, turn))
 
 # %% ../../nbs/52_wubu.levels.ipynb #0019
-def frames(self) -> Frames:
-    "The frame of each level, from the weights as they are."
+def made_frames(self) -> Frames:
+    "The frame of each level."
     out, read, carried = Frames(), self.world.read, None
     for i, level in enumerate(self.levels):
         root, turn = level.c.sqrt(), None
@@ -214,7 +214,12 @@ def frames(self) -> Frames:
         out.append(Frame(k, 1 / k, turn, centre, marks, torch.cat(nearness) if nearness else None))
     return out
 
-WuBuLevels.frames = frames
+def frames(self) -> Frames:
+    "The frame of each level, from the weights as they are, in their precision."
+    with torch.autocast(self.enter.weight.device.type, enabled=False):
+        return self.made_frames()
+
+WuBuLevels.made_frames, WuBuLevels.frames = made_frames, frames
 
 # %% ../../nbs/52_wubu.levels.ipynb #0021
 def forward(self, V: Tensor, f: Frame, world: type) -> Tensor:  # (N, n) -> (N, n)
