@@ -8,6 +8,8 @@ __all__ = ['notes', 'learns', 'same', 'Note', 'note_of', 'noted', 'ray', 'lifted
            'positive', 'PoincareBall']
 
 # %% ../../nbs/50_wubu.geometry.ipynb #0004
+from inspect import Parameter, signature
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -174,7 +176,7 @@ def dist_to_plane(x: Tensor, p: Tensor, a: Tensor, c: Tensor | float = 1.0) -> T
     sine = 2 * C.sqrt() * dot(z, normal) / (gp * gx * dot(normal, normal).sqrt())
     return (sine.abs().asinh() / C.sqrt()).to(dtype)
 
-# %% ../../nbs/50_wubu.geometry.ipynb #0028
+# %% ../../nbs/50_wubu.geometry.ipynb #0029
 def positive(name: str, value: Tensor | float) -> Tensor | float:
     "The value, if it is a positive and finite number or a tensor of such; else an error that names it."
     t = torch.as_tensor(value) if isinstance(value, (int, float, Tensor)) else torch.zeros(())
@@ -191,12 +193,14 @@ class PoincareBall:
     def __repr__(self):
         return f"PoincareBall(c={self.c}, s={self.s})"
 
-# %% ../../nbs/50_wubu.geometry.ipynb #0029
+# %% ../../nbs/50_wubu.geometry.ipynb #0030
 def _bound(function, scaled: bool):
     "The function as a method that fills in c, and s where it is `scaled`."
     def method(self, *args, **kwargs):
         return function(*args, **kwargs, c=self.c, **({"s": self.s} if scaled else {}))
-    method.__name__, method.__doc__ = function.__name__, function.__doc__
+    method.__name__, method.__doc__, given = function.__name__, function.__doc__, signature(function)
+    own = [p for name, p in given.parameters.items() if name not in ("c", "s")]
+    method.__signature__ = given.replace(parameters=[Parameter("self", Parameter.POSITIONAL_ONLY), *own])
     return method
 
 for _f in (expmap0, logmap0, expmap, logmap, tangent_dist, tangent_add):
