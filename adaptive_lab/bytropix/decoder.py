@@ -87,7 +87,7 @@ class LocalDecoder(nn.Module):
     ) -> Tensor:
         for block, cross, norm, kv, cache in zip(self.blocks, self.crosses, self.norms, memory, caches or [None] * len(self.blocks)):
             e = e + block.attend(e, cache=cache)
-            e = e + self.dropout(cross(norm(e), *kv, finished, first, self.span))
+            e = e + self.dropout(cross(norm(e), *kv, finished, first, None if caches else self.span))  # blocks count from the window's first byte
             e = e + block.transform(e)
         return self.norm(e)
 
