@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOOR = {m[2]: int(m[1]) for p in (ROOT / "nbs").glob("[0-9]*.ipynb") if (m := re.fullmatch(r"(\d+)_(.+)\.ipynb", p.name))}
 MECHANISMS, FACES = range(20, 70), 80  # floors
-PLAIN = {"knobs": ("torch",), "draw": ("torch", "widgets"), "heat": ("torch", "widgets"), "maps": ("torch", "widgets"), "spheres": ("torch", "widgets"), "gatepictures": ("torch", "widgets")}  # what these never import
+PLAIN = {"knobs": ("torch",), "draw": ("torch", "widgets"), "heat": ("torch", "widgets"), "maps": ("torch", "widgets"), "spheres": ("torch", "widgets"), "gatepictures": ("torch", "widgets"), "spherepictures": ("torch", "widgets"), "textpictures": ("torch", "widgets")}  # what these never import
 PLASTIC = {("gated_lists", "gates"), *(("gated_adam", m) for m in ("gated_kernel", "gated_lists"))}
 PLASTIC |= {("consolidation", m) for m in ("gates", "gated_lists", "gated_adam", "coincidence", "novelty")}
 PLASTIC |= {("plasticity", m) for m in ("gates", "gated_lists", "gated_adam", "consolidation")}
