@@ -154,7 +154,8 @@ static inline __attribute__((always_inline)) void radial(int log, const float *v
         if (kept) kept[3 * i] = f[j], kept[3 * i + 1] = bend[j], kept[3 * i + 2] = vv[j];
     }
 }
-void wubu_radial(int log, const float *v, float *x, double *kept, const Shape *z, int threads) {
+void wubu_radial(int log, const float *v, float *x, double *kept, int64_t rows, int64_t n, const double *c, int64_t c_step, const double *s, int64_t s_step, int threads) {
+    Shape shape = {rows, n, c_step, s_step, c, s}, *z = &shape;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t at = 0; at < z->rows; at += ROWS) if (log) radial(1, v, x, kept, at, z); else radial(0, v, x, kept, at, z);
 }
@@ -162,10 +163,9 @@ void wubu_radial(int log, const float *v, float *x, double *kept, const Shape *z
 
 # %% ../../nbs/47_wubu.source.ipynb #0020
 RADIAL_BACK = """
-void wubu_radial_back(const float *v, const float *g, int64_t each, const double *kept, float *dv, double *along, const Shape *z, int threads) {
+void wubu_radial_back(const float *v, const float *g, int64_t each, const double *kept, float *dv, double *along, int64_t rows, int64_t n, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < z->rows; i++) {
-        int64_t n = z->n;
+    for (int64_t i = 0; i < rows; i++) {
         const float *row = v + i * n, *grad = each ? g + i * n : g;  // each: is there a gradient for each element, or one for all?
         float *restrict to = dv + i * n;
         int steep = kept[3 * i] > 10 * (kept[3 * i] + kept[3 * i + 1]);  // the radial factor is small, and so must be the error of t
@@ -285,16 +285,16 @@ static int block(int tangent, const float *u, const float *v, float *d, float *k
     for (int64_t j = 0; j < ROWS; j++) { int64_t i = at + (j < m ? j : 0); c[j] = z->c[i * z->c_step], s[j] = z->s[i * z->s_step]; }
     return (tangent ? tangents : points)(u, v, d, kept, by, at, m, c, s, z->n);
 }
-int wubu_pairs(int tangent, const float *u, const float *v, float *d, float *kept, double *by, const Shape *z, int threads) {
+int wubu_pairs(int tangent, const float *u, const float *v, float *d, float *kept, double *by, int64_t rows, int64_t n, const double *c, int64_t c_step, const double *s, int64_t s_step, int threads) {
+    Shape shape = {rows, n, c_step, s_step, c, s}, *z = &shape;
     int far = 0;
     #pragma omp parallel for num_threads(threads) schedule(static) reduction(|: far)
     for (int64_t at = 0; at < z->rows; at += ROWS) far |= block(tangent, u, v, d, kept, by, at, z);
     return far;
 }
-void wubu_pairs_back(const float *u, const float *v, const float *g, int64_t each, const float *kept, float *du, float *dv, const Shape *z, int threads) {
+void wubu_pairs_back(const float *u, const float *v, const float *g, int64_t each, const float *kept, float *du, float *dv, int64_t rows, int64_t n, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < z->rows; i++) {
-        int64_t n = z->n;
+    for (int64_t i = 0; i < rows; i++) {
         const float *k = kept + 8 * i, *p = u + i * n, *q = v + i * n, G = g[i * each];
         const float high = -k[0], low = -k[1], a1 = k[2] * G, a2 = k[3] * G, a3 = k[4] * G, b1 = k[5] * G, b3 = k[6] * G;
         float *restrict to_u = du + i * n, *restrict to_v = dv + i * n;
