@@ -48,8 +48,8 @@ def write_all(run, folder: Path, name: str) -> list[Path]:
     files = []
     if hasattr(model.levels, "boundary_points"):
         files += write_pictures(folder, snapshot_of(model, run.index, name.replace("_", " ")), name)
-    X, y = next(iter(run.data.tests.values()))
-    line = bytes([*X[0].tolist(), int(y[0, -1])])[: model.context]
+    X, _ = next(iter(run.data.tests.values()))
+    line = bytes(X[0].tolist())[: min(512, model.context)]
     drawn = {
         "training_metrics.svg": metrics_svg(run.losses, run.evaluations), f"patches_{name}.svg": patches_svg(line, model.patches.rule.patch_ends(line).tolist(), f"patches, {name.replace('_', ' ')}"),
         f"predictions_{name}.svg": cost_svg(line, *foretold(model, line), f"predictions, {name.replace('_', ' ')}"),

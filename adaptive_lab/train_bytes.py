@@ -25,10 +25,10 @@ from .unattended import at_least_one, free_name, go_on, output_flags
 # %% ../nbs/97_train_bytes.ipynb #0006
 PRESETS = dict(
     published={},
-    small=dict(local_hidden_size=64, decoder_memory_dim=64, hyperbolic_dims=[32, 16, 8], context_window=128, n_gram_sizes=[], num_encoder_layers=0,
-               num_decoder_layers=1, num_encoder_heads=2, num_decoder_heads=2, dropout=0.0, learning_rate=8e-3, grad_accum_steps=1),
-    medium=dict(local_hidden_size=128, decoder_memory_dim=128, hyperbolic_dims=[64, 32, 16], n_gram_sizes=[], num_encoder_layers=0, num_decoder_layers=3,
-                num_encoder_heads=4, num_decoder_heads=4, learning_rate=4e-3, grad_accum_steps=1),
+    small=dict(local_hidden_size=64, decoder_memory_dim=64, hyperbolic_dims=[32, 16, 8], context_window=2048, attention_span=64, n_gram_sizes=[], num_encoder_layers=0,
+               num_decoder_layers=1, num_encoder_heads=2, num_decoder_heads=2, dropout=0.0, learning_rate=8e-3, grad_accum_steps=1, batch_size=2, epochs=2.0),
+    medium=dict(local_hidden_size=128, decoder_memory_dim=128, hyperbolic_dims=[64, 32, 16], context_window=2048, attention_span=64, n_gram_sizes=[], num_encoder_layers=0,
+                num_decoder_layers=2, num_encoder_heads=4, num_decoder_heads=4, learning_rate=4e-3, grad_accum_steps=1, batch_size=2, epochs=16.0),
 )
 
 def model_flags(p: argparse.ArgumentParser):
@@ -104,7 +104,7 @@ def recipe_of(o: argparse.Namespace) -> Recipe:
     names = [k.name for k in walk(ByteModelConfig)]
     model = {n: v for n in names if (v := get(n)) is not None}
     context = ByteModelConfig(**model).context_window
-    data = dict(path=o.data_path, validation_path=o.val_data_path, context=context, batch_size=get("batch_size"))
+    data = dict(path=o.data_path, validation_path=o.val_data_path, context=context, batch_size=get("batch_size"), validation_windows=max(1, 32768 // context))
     windows = len(text_bytes(Text(**data))[0]) // context
     per_epoch = max(1, -(-windows // (get("batch_size") * get("grad_accum_steps"))))
     steps = o.steps or max(1, math.ceil(per_epoch * get("epochs")))
