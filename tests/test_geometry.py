@@ -549,6 +549,30 @@ def test_shapes_and_layouts(way):
         assert PoincareBall().expmap0(empty).shape == (0, n) and PoincareBall().tangent_dist(empty, empty).shape == (0,)
 
 
+@pytest.mark.parametrize("threads", (1, 2))
+def test_large_results_are_the_same(threads):
+    "Results of a megabyte, which are written past the caches, are bit for bit those of their parts."
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        g = torch.Generator().manual_seed(0)
+        u, v, weight = torch.randn(3, 4100, 64, generator=g) * 0.3
+        every = torch.randn(4100, generator=g)
+
+        def all_of(u, v, weight, every):
+            u, v, ball = u.clone().requires_grad_(), v.clone().requires_grad_(), PoincareBall(0.7, 1.2)
+            x, d, e = ball.expmap0(u), ball.tangent_dist(u, v), ball.dist(u / 9, v / 9)
+            grads = [torch.autograd.grad(x, u, weight, retain_graph=True), torch.autograd.grad(x.sum(), u), torch.autograd.grad(d, (u, v), every), torch.autograd.grad(e, (u, v), every)]
+            return [x, d, e, ball.logmap0(u / 9), *(t for pair in grads for t in pair)]
+
+        large = all_of(u, v, weight, every)
+        parts = [all_of(*(t[i : i + 100] for t in (u, v, weight, every))) for i in range(0, 4100, 100)]
+        for a, pieces in zip(large, zip(*parts), strict=True):
+            assert torch.equal(a, torch.cat(pieces))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_not_finite_stays_so(way):
     for bad in (math.nan, math.inf):
         u = torch.tensor([[bad, 1.0], [0.1, 0.2]])

@@ -123,7 +123,7 @@ def peers() -> dict:
 # %% ../../nbs/95_bench.geometry.ipynb #0014
 BARS = {"exp0": 8, "dist": 12, "exp0 → log0": 6}  # how many times geoopt's throughput
 
-def seconds_of(f, inputs: list[Tensor], times: int = 5):
+def seconds_of(f, inputs: list[Tensor], times: int = 20):
     "A function: seconds of the processor for one forward and backward pass of f, a mean of so many in a row."
     out = f(*inputs)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -167,5 +167,5 @@ def bench(quick: bool = False) -> Report:
     "All figures; `quick` takes fewer seeds and turns, and compiles nothing."
     figures, table = precision(2 if quick else 10)
     with one_thread():
-        figures += speed(8192, 128, 5 if quick else 25, not quick and can_compile())
+        figures += speed(8192, 128, 5 if quick else 15, not quick and can_compile())
     return Report("geometry", figures, {f"Relative errors in float32, by geodesic radius (kernel: {kernel()[1]})": table})

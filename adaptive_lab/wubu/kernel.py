@@ -58,11 +58,11 @@ def radial(log: bool, v: Tensor, c: Tensor, s: Tensor, keep: bool) -> tuple[Tens
     kernel()[0].wubu_radial(log, *at, rows, n, c.data_ptr(), c_step, s.data_ptr(), s_step, threads(v))
     return x, kept
 
-def radial_back(v: Tensor, g: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:  # (…, n), (…, n), (rows, 3) -> (…, n), (rows,)
-    "The gradient by v, and ⟨g, v⟩."
-    (g, many), rows = each(g), len(kept)
-    dv, along = torch.empty_like(v), torch.empty(rows, dtype=torch.float64)
-    at = (v.data_ptr(), g.data_ptr(), many, kept.data_ptr(), dv.data_ptr(), along.data_ptr())
+def radial_back(v: Tensor, g: Tensor, kept: Tensor, inner: bool) -> tuple[Tensor, Tensor | None]:  # (…, n), (…, n), (rows, 3) -> (…, n), (rows,)
+    "The gradient by v, and, if `inner`, ⟨g, v⟩."
+    (g, many), rows, dv = each(g), len(kept), torch.empty_like(v)
+    along = torch.empty(rows, dtype=torch.float64) if inner else None
+    at = (v.data_ptr(), g.data_ptr(), many, kept.data_ptr(), dv.data_ptr(), along.data_ptr() if inner else None)
     kernel()[0].wubu_radial_back(*at, rows, v.shape[-1], threads(v))
     return dv, along
 

@@ -171,7 +171,7 @@ def _backward(ctx, g: Tensor):
     v, c, s, kept = ctx.saved_tensors
     if torch.is_grad_enabled():
         return None, *backward_by_tensors(ctx.plain, (v, c, s), ctx.needs_input_grad[1:], g)
-    dv, along = radial_back(v.contiguous(), g, kept)
+    dv, along = radial_back(v.contiguous(), g, kept, any(ctx.needs_input_grad[2:]))
     by_c = by_s = None
     if ctx.needs_input_grad[2]:
         by_c = per_row(along * kept[:, 1], v.shape[:-1], c) / (2 * c)
