@@ -105,9 +105,11 @@ class Entry:
 # %% ../nbs/12_tree.ipynb #0013
 def as_bytes(x) -> memoryview:
     "The memory of a contiguous tensor on the CPU, or array, as bytes, not copied."
+    if not (x.numel() if isinstance(x, torch.Tensor) else x.size):  # an empty one may have strides that allow no other view
+        return memoryview(bytearray())
     if isinstance(x, torch.Tensor):
         x = x.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(x.reshape(-1).view(np.uint8)) if x.size else memoryview(bytearray())
+    return memoryview(x.reshape(-1).view(np.uint8))
 
 def _real(t, path):
     "A tensor as a contiguous one on the CPU of a type safetensors knows; complex as pairs of reals."

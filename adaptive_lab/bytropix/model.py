@@ -91,6 +91,7 @@ for f in (stream, remember, answer):
 def forward(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
     "The logits of these bytes; with a cache (see `new_cache`) they follow the bytes that are in it."
     check_bytes(x, self.context - (cache.length if cache else 0))
+    x = x.long()
     if cache is not None:
         return self.go_on(x, cache)
     e, lp = self.stream(x)
