@@ -6,6 +6,7 @@ import torch
 from adaptive_lab.bytropix import ByteModel, ByteModelConfig
 from adaptive_lab.bytropix.config import fitted_rule
 from adaptive_lab.data.text import stdlib_bytes
+from adaptive_lab.run import weights_digest
 from adaptive_lab.sampling import Sampling, stream
 
 TEXT = stdlib_bytes(30_000)
@@ -107,6 +108,13 @@ def test_a_state_travels_without_the_text():
     short = {k: v for k, v in model.state_dict().items() if not k.endswith("o3.counts")}
     with pytest.raises(RuntimeError, match="o3.counts"):
         ByteModel(model.config).load_state_dict(short)
+
+
+def test_bytes_may_be_uint8_and_experts_may_be_unfitted():
+    model, x = model_of(1, experts=["o1", "r2"]), windows(1, 2)
+    with torch.no_grad():
+        assert torch.equal(model(x.to(torch.uint8)), model(x))
+    assert len(weights_digest(ByteModel(model.config))) == 64
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, dtype=torch.int64), torch.zeros(1, 4), torch.full((1, 4), 256), torch.full((1, 4), -1), torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 500, dtype=torch.int64), [1, 2]])
