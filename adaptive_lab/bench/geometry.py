@@ -77,14 +77,16 @@ def precision(seeds: int) -> tuple[list[Figure], str]:
         "derivative of log0 ∘ exp0": derivative_errors(seeds, lambda v: ball.logmap0(ball.expmap0(v))),
         "derivative of log ∘ exp at a point": derivative_errors(seeds, lambda v: ball.logmap(x, ball.expmap(x, v * gap)) / gap),
     }
-    figures = [Figure(f"float32, {what}: largest error", max(errors), "", 1e-6, f"radii {RADII[0]} to {RADII[-1]}, {seeds} seeds") for what, errors in rows.items()]
+    note = f"radii {RADII[0]} to {RADII[-1]}, {seeds} seeds"
+    figures = [Figure(f"float32, {what}: largest error", max(errors), "", 1e-6, note) for what, errors in rows.items()]
     if find_spec("geoopt"):
         from geoopt.manifolds.stereographic import math as peer
 
         k = torch.tensor(-1.0)
         point = lambda v: peer.project(peer.expmap0(v, k=k), k=k)
         dist = lambda u, v: peer.dist(point(u), point(v), k=k)
-        rows["geoopt: distance, at any angle and equal radii"], rows["geoopt: distance, all pairs"] = distance_errors(seeds, dist, 1), distance_errors(seeds, dist)
+        rows["geoopt: distance, at any angle and equal radii"] = distance_errors(seeds, dist, 1)
+        rows["geoopt: distance, all pairs"] = distance_errors(seeds, dist)
         rows["geoopt: derivative of log0 ∘ exp0"] = derivative_errors(seeds, lambda v: peer.logmap0(point(v), k=k))
     lines = ["| radius | " + " | ".join(map(str, RADII)) + " |", "|---" * (len(RADII) + 1) + "|"]
     return figures, "\n".join(lines + [f"| {what} | " + " | ".join(f"{e:.0e}" for e in errors) + " |" for what, errors in rows.items()])

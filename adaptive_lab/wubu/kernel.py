@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..native import NoNative, library
+from ..native import NoNative, announce, library
 from .source import source
 
 # %% ../../nbs/48_wubu.kernel.ipynb #0005
@@ -27,9 +27,11 @@ def kernel() -> tuple[ctypes.CDLL | None, str]:
         lib.wubu_pairs.argtypes = [I, P, P, P, P, P, N, N, P, N, P, N, I]
         lib.wubu_pairs_back.argtypes = [P, P, P, N, P, P, P, N, N, I]
         torch.empty(2**25 - 8192, dtype=torch.uint8)  # freed at once: from now on, blocks up to this size are kept for the next result
-        return lib, "a C kernel, compiled here"
+        found = lib, "a C kernel, compiled here"
     except (NoNative, AttributeError) as e:
-        return None, f"no C kernel: {e}"
+        found = None, f"tensor operations: {e}"
+    announce(f"the Poincaré ball uses {found[1]}")
+    return found
 
 # %% ../../nbs/48_wubu.kernel.ipynb #0007
 def fits(*x: Tensor) -> bool:

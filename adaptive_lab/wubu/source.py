@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'STREAM', 'ELEMENTARY', 'SUMS', 'QUICK', 'PRODUCTS', 'FACTORS', 'RADIAL', 'RADIAL_BACK', 'POINTS', 'ANGLES',
-           'CURVE', 'HYPERBOLA', 'TANGENTS', 'PAIRS', 'source']
+           'CURVE', 'HYPERBOLA', 'TANGENTS', 'PAIRS', 'PAIRS_BACK', 'source']
 
 # %% ../../nbs/47_wubu.source.ipynb #0005
 HEAD = """
@@ -174,7 +174,8 @@ static inline __attribute__((always_inline)) void radial(int log, const float *v
         if (kept) kept[3 * i] = f[j], kept[3 * i + 1] = bend[j], kept[3 * i + 2] = vv[j];
     }
 }
-void wubu_radial(int log, const float *v, float *x, double *kept, int64_t rows, int64_t n, const double *c, int64_t c_step, const double *s, int64_t s_step, int threads) {
+void wubu_radial(int log, const float *v, float *x, double *kept,
+    int64_t rows, int64_t n, const double *c, int64_t c_step, const double *s, int64_t s_step, int threads) {
     Shape shape = {rows, n, c_step, s_step, c, s}, *z = &shape;
     #pragma omp parallel num_threads(threads)
     {
@@ -314,14 +315,20 @@ static int block(int tangent, const float *u, const float *v, float *d, float *k
     for (int64_t j = 0; j < ROWS; j++) { int64_t i = at + (j < m ? j : 0); c[j] = z->c[i * z->c_step], s[j] = z->s[i * z->s_step]; }
     return (tangent ? tangents : points)(u, v, d, kept, by, at, m, c, s, z->n);
 }
-int wubu_pairs(int tangent, const float *u, const float *v, float *d, float *kept, double *by, int64_t rows, int64_t n, const double *c, int64_t c_step, const double *s, int64_t s_step, int threads) {
+int wubu_pairs(int tangent, const float *u, const float *v, float *d, float *kept, double *by,
+    int64_t rows, int64_t n, const double *c, int64_t c_step, const double *s, int64_t s_step, int threads) {
     Shape shape = {rows, n, c_step, s_step, c, s}, *z = &shape;
     int far = 0;
     #pragma omp parallel for num_threads(threads) schedule(static) reduction(|: far)
     for (int64_t at = 0; at < z->rows; at += ROWS) far |= block(tangent, u, v, d, kept, by, at, z);
     return far;
 }
-void wubu_pairs_back(const float *u, const float *v, const float *g, int64_t each, const float *kept, float *du, float *dv, int64_t rows, int64_t n, int threads) {
+"""
+
+# %% ../../nbs/47_wubu.source.ipynb #0033
+PAIRS_BACK = """
+void wubu_pairs_back(const float *u, const float *v, const float *g, int64_t each, const float *kept,
+    float *du, float *dv, int64_t rows, int64_t n, int threads) {
     const int far = streams(du, rows, n) && streams(dv, rows, n);
     #pragma omp parallel num_threads(threads)
     {
@@ -338,7 +345,7 @@ void wubu_pairs_back(const float *u, const float *v, const float *g, int64_t eac
 }
 """
 
-# %% ../../nbs/47_wubu.source.ipynb #0033
+# %% ../../nbs/47_wubu.source.ipynb #0034
 def source() -> str:
     "The whole of the C source."
-    return "".join([HEAD, STREAM, ELEMENTARY, SUMS, QUICK, PRODUCTS, FACTORS, RADIAL, RADIAL_BACK, POINTS, ANGLES, CURVE, HYPERBOLA, TANGENTS, PAIRS])
+    return "".join([HEAD, STREAM, ELEMENTARY, SUMS, QUICK, PRODUCTS, FACTORS, RADIAL, RADIAL_BACK, POINTS, ANGLES, CURVE, HYPERBOLA, TANGENTS, PAIRS, PAIRS_BACK])
