@@ -3,6 +3,6 @@ from .config import ByteModelConfig
 from .generation import generate_text, load_model
 from .model import ByteModel
 from .patching import babylon_patches
-from .stepper import stepper
+from .stepper import Stepper
 
-__all__ = ["ByteModel", "ByteModelConfig", "babylon_patches", "generate_text", "load_model", "stepper"]
+__all__ = ["ByteModel", "ByteModelConfig", "Stepper", "babylon_patches", "generate_text", "load_model"]
