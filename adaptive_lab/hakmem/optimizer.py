@@ -54,14 +54,13 @@ class HAKMEMEnhancedSGD(Optimizer):
     copies = ("fast", "slow")  # what is kept of a parameter in its own units: surgery grafts rows of weights into it, not zeros
     swapped = False  # do the parameters hold their averages now?
     _rows: Rows | None = None  # of the last step
-    skipped_steps = 0  # steps that were not made because a gradient was not finite
 
     @knobs_from(HAKMEM)
     def __init__(self, params, lr: float | None = None, seed: int = 0, knobs: HAKMEM = None):
         if lr is not None:
             knobs.learning_rate = lr
         self.controller, self._told, self._sums = Controller(int(seed)), [], []
-        super().__init__(params, dict(lr=knobs.learning_rate, asked=knobs.learning_rate) | knobs.model_dump())
+        super().__init__(params, dict(lr=knobs.learning_rate, asked=knobs.learning_rate, skipped_steps=0) | knobs.model_dump())
 
     def add_param_group(self, param_group: dict):
         "Add parameters, with knobs of their own where the dict has some. They start an average of their own."
@@ -72,7 +71,7 @@ class HAKMEMEnhancedSGD(Optimizer):
         super().add_param_group(whole | dict(lr=knobs.learning_rate, asked=knobs.learning_rate))
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {n: v for n, v in vars(self).items() if n in ("controller", "_told", "_sums", "skipped_steps")}
+        return super().__getstate__() | {n: v for n, v in vars(self).items() if n in ("controller", "_told", "_sums")}
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0011
 def settled(group: dict) -> HAKMEM:
@@ -150,14 +149,15 @@ def _native(self, params: list[Tensor]) -> Rows | None:
         announce(f"HAKMEMEnhancedSGD steps by lists of tensors: {why}")
     return self._rows
 
+HAKMEMEnhancedSGD._items, HAKMEMEnhancedSGD._native = _items, _native
+
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0017
 def _norm(items: list[Item]) -> float:
     "The norm of the whole gradient; waits for the device once."
     norms = torch._foreach_norm([i.g for i in items])
     return float(torch.stack([n.to(norms[0].device, torch.float32) for n in norms]).norm())
 
-HAKMEMEnhancedSGD._items, HAKMEMEnhancedSGD._native = _items, _native
-
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0017
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0018
 @torch.no_grad()
 def step(self, closure=None):
     "One update of all parameters that have a gradient; skipped and counted when the gradient is not finite."
@@ -174,25 +174,23 @@ def step(self, closure=None):
 
 HAKMEMEnhancedSGD.step = step
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0018
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0019
 def _step(self, work: list[tuple[HAKMEM, list[Tensor]]]):
     "The step of (knobs, parameters) of every group."
     c, lead = self.controller, work[0][0]
-    everything = [p for _, params in work for p in params]
-    fresh = [p for p in everything if p not in self.state]
-    for p in fresh:
-        self.state[p] = begun(p, lead.momentum)
-    rows = self._native(everything)
-    items = None if rows else self._items(everything)
+    params = [p for _, found in work for p in found]
+    fresh = [p for p in params if p not in self.state]
+    self.state.update({p: begun(p, lead.momentum) for p in fresh})
+    rows = self._native(params)
+    items = None if rows else self._items(params)
     norm = rows.norm() if rows else _norm(items)
     if not math.isfinite(norm):
-        self._skip(fresh)
-        return
+        return self._skip(fresh)
     base = max(knobs.learning_rate for knobs, _ in work)
     if not c.size:
         c.begin(base, typical_size([p for group in self.param_groups for p in group["params"]]))
     c.age += 1
-    moves = [m for knobs, params in work for m in self._moves(knobs, params)]
+    moves = [m for knobs, found in work for m in self._moves(knobs, found)]
     scale = lead.max_grad_norm / norm if 0 < lead.max_grad_norm < norm else 1.0
     rule = Rule(lead.beta2, scale=scale)
     sums = rows.step(moves, rule) if rows else step_list(items, moves, rule)
@@ -200,16 +198,20 @@ def _step(self, work: list[tuple[HAKMEM, list[Tensor]]]):
         self._sums.append(sums)
         c.after(base, lead, self._gather)
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0019
+HAKMEMEnhancedSGD._step = _step
+
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0020
 def _skip(self, fresh: list[Tensor]):
     "Make no step, and forget the states that were begun for it."
-    self.skipped_steps, self._rows = self.skipped_steps + 1, None
+    self._rows = None
+    for group in self.param_groups:
+        group["skipped_steps"] += 1
     for p in fresh:
         del self.state[p]
 
-HAKMEMEnhancedSGD._step, HAKMEMEnhancedSGD._skip = _step, _skip
+HAKMEMEnhancedSGD._skip = _skip
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0021
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0022
 def set_current_loss(self, loss):
     "Tell the loss of the coming step; with several batches in a step, of each."
     value = loss.detach() if isinstance(loss, Tensor) else loss
@@ -222,7 +224,6 @@ def loss(self, model: nn.Module, batch) -> Tensor:
     "Cross-entropy of `model(x)` against y, for `train(..., loss=optimizer.loss)`: it is told on the way."
     return self.telling(cross_entropy)(model, batch)
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0022
 def telling(self, f):
     "A loss of your own, (model, batch) → scalar, that tells its values in training."
 
@@ -234,17 +235,20 @@ def telling(self, f):
 
     return told
 
+HAKMEMEnhancedSGD.set_current_loss, HAKMEMEnhancedSGD.loss, HAKMEMEnhancedSGD.telling = set_current_loss, loss, telling
+
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0023
 def _gather(self) -> tuple[list[float], list[float]]:
     "Alignments and losses that were not read yet, as numbers."
     sums, losses = self._sums, _numbers(self._told)
     self._sums, self._told = [], []
-    if sums and isinstance(sums[0], Tensor):
-        sums = torch.stack([s.to(sums[0].device) for s in sums]).tolist()
+    if sums and all(isinstance(s, Tensor) for s in sums):
+        sums = torch.stack([s.to(sums[0].device) for s in sums])  # read at once
+    sums = [s.tolist() if isinstance(s, Tensor) else s for s in (sums.tolist() if isinstance(sums, Tensor) else sums)]
     return [m for s in sums if (m := alignment(*s)) is not None], losses
 
-HAKMEMEnhancedSGD.set_current_loss, HAKMEMEnhancedSGD.loss, HAKMEMEnhancedSGD.telling, HAKMEMEnhancedSGD._gather = set_current_loss, loss, telling, _gather
+HAKMEMEnhancedSGD._gather = _gather
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0023
 def _numbers(values: list) -> list[float]:
     "Numbers and tensors of one number as numbers, read at once; the mean over processes where there are several."
     tensors = [v.reshape(()) for v in values if isinstance(v, Tensor)]
@@ -293,11 +297,11 @@ def state_dict(self) -> dict:
     if self.swapped:
         raise RuntimeError("the parameters hold their averages, and a state saved now would not fit them: call train(), or leave slow_weights(), first")
     self.controller.take(*self._gather())
-    return super(HAKMEMEnhancedSGD, self).state_dict() | dict(controller=self.controller.state(), skipped_steps=self.skipped_steps)
+    return super(HAKMEMEnhancedSGD, self).state_dict() | dict(controller=self.controller.state())
 
 def load_state_dict(self, state_dict: dict):
     "Go on from a state of this optimizer. Raises `ValueError`, and changes nothing, when it does not fit."
-    if lacks := [n for n in ("state", "param_groups", "controller", "skipped_steps") if n not in state_dict]:
+    if lacks := [n for n in ("state", "param_groups", "controller") if n not in state_dict]:
         raise ValueError(f"the state has no {lacks[0]!r}: load what state_dict() of HAKMEMEnhancedSGD gave")
     if self.swapped:
         raise RuntimeError("the parameters hold their averages: call train(), or leave slow_weights(), before loading a state")
@@ -306,7 +310,7 @@ def load_state_dict(self, state_dict: dict):
     super(HAKMEMEnhancedSGD, self).load_state_dict({n: state_dict[n] for n in ("state", "param_groups")})
     for p, saved in pairs:  # torch gives all arrays the parameter's dtype; those of half precision are wider
         self.state[p].update({n: t.to(p.device, copy=True) for n, t in saved.items() if isinstance(t, Tensor)})
-    self.controller, self.skipped_steps, self._told, self._sums = controller, state_dict["skipped_steps"], [], []
+    self.controller, self._told, self._sums, self._rows = controller, [], [], None
 
 HAKMEMEnhancedSGD.state_dict, HAKMEMEnhancedSGD.load_state_dict = state_dict, load_state_dict
 
@@ -338,7 +342,7 @@ def diagnostics(self) -> dict:
         momentum=1 - (1 - group["momentum"]) * (c.momentum_scale if on else 1.0),
         relative_rate=group["lr"] * (c.rate_scale if on else 1.0) / (c.size or math.nan),
         **{n: last.get(n) for n in ("alignment", "loss", "reward", "epsilon")},
-        decisions=c.decisions, average_age=c.age, skipped_steps=self.skipped_steps,
+        decisions=c.decisions, average_age=c.age, skipped_steps=group["skipped_steps"],
     )
 
 HAKMEMEnhancedSGD.diagnostics = diagnostics
