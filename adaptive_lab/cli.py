@@ -16,6 +16,7 @@ from dataclasses import field, make_dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Annotated
 
 from . import __version__
 from .durable import write_durably
@@ -42,9 +43,14 @@ def chooser() -> argparse.ArgumentParser:
 
 # %% ../nbs/98_cli.ipynb #0006
 def flags_of(recipe: Recipe) -> type:
-    "A dataclass with one nested group of knobs each; tyro reads it."
-    groups = [(g, recipe.declared[g], field(default_factory=lambda g=g: recipe.knobs[g])) for g in GROUPS]
-    return make_dataclass("Train", groups)
+    "A dataclass with one nested group of knobs each; tyro reads it, the recipe checks it."
+    from tyro.conf import arg
+
+    def group(g):
+        value = lambda name: field(default_factory=lambda: getattr(recipe.knobs[g], name))
+        return make_dataclass(g, [(n, Annotated[f.annotation, arg(help=f.description)], value(n)) for n, f in recipe.declared[g].model_fields.items()])
+
+    return make_dataclass("Train", [(g, kind, field(default_factory=kind)) for g, kind in ((g, group(g)) for g in GROUPS)])
 
 def recipe_from_flags(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     "The options and the recipe that the flags of `train` describe. Raises `KnobError` and what `Recipe` raises."
@@ -57,11 +63,12 @@ def recipe_from_flags(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
         kept = {a: v for a, v in old.to_dict()["knobs"].items() if given.get(a.split(".")[0]) in (None, old.names.get(a.split(".")[0]))}
         base = Recipe(*(given[k] or old.names[k] for k in CHOICES), kept)
     else:
-        base = Recipe(*(given[k] or CHOICES[k] for k in CHOICES))
+        base, kept = Recipe(*(given[k] or CHOICES[k] for k in CHOICES)), {}
     about = "Train, with a checkpoint now and then; Ctrl-C saves and says how to go on.\n\n" + chooser().format_help().replace("usage: ", "Besides the knobs: ")
     groups = tyro.cli(flags_of(base), args=rest, prog="adaptive-lab train", description=about)
-    flat = {f"{g}.{n}": v for g in GROUPS for n, v in getattr(groups, g).model_dump().items()}
-    return chosen, Recipe(*(base.names[k] for k in CHOICES), flat)
+    typed = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in rest if a.startswith("--")}
+    flat = {f"{g}.{n}": v for g in GROUPS for n, v in vars(getattr(groups, g)).items()}
+    return chosen, Recipe(*(base.names[k] for k in CHOICES), kept | {a: v for a, v in flat.items() if a in typed or v != base[a]})
 
 # %% ../nbs/98_cli.ipynb #0009
 def train_command(argv) -> int:

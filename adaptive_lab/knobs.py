@@ -82,7 +82,7 @@ class Knob:
         if self.type is bool:
             return "True or False"
         if self.low is None and self.high is None:
-            return f"any {self.type.__name__}"
+            return f"any {self.type.__name__}" if self.type in (int, float, str) else f"any {str(self.type).replace('typing.', '')}"
         left = "(-inf" if self.low is None else "[("[self.low_open] + f"{self.low:g}"
         right = "inf)" if self.high is None else f"{self.high:g}" + "])"[self.high_open]
         return f"{left}, {right}"

@@ -19,7 +19,7 @@ from adaptive_lab.epsilon_vae.prediction import Prediction
 from adaptive_lab.epsilon_vae.token_vae import TokenSizes
 from adaptive_lab.epsilon_vae.vae import VAE
 from adaptive_lab.knobs import KnobError, Knobs, table, walk
-from adaptive_lab.panels.controls import control
+from adaptive_lab.panels.controls import control, is_list, meant
 from adaptive_lab.parts import parts
 from adaptive_lab.sampling import Sampling
 from adaptive_lab.tape import RunKnobs
@@ -51,7 +51,7 @@ def test_every_class_of_knobs_is_reachable():
 
 def outside(k):
     "Values that the declaration does not allow."
-    if k.choices or k.type is bool:
+    if k.choices or k.type is bool or is_list(k):
         return ["no such choice"]
     if k.type is str:
         return [3.5]
@@ -80,16 +80,30 @@ def test_outside_the_range_is_refused_by_name_value_and_range(where, cls, k):
 def test_slider(where, cls, k):
     made = control(k, k.default)
     assert made.description == k.name and k.doc in made.tooltip
+    assert getattr(cls(**{k.name: meant(k, made.value)}), k.name) == k.default or k.type in (int, float)
     if k.type in (int, float):
         base = getattr(made, "base", None)
         ends = [base**made.min, base**made.max] if base else [made.min, made.max]
         for value in ends:  # no position of the slider is refused
-            cls(**{k.name: k.type(value)})
+            cls(**{k.name: k.type(value)} | BESIDE.get(k.name, {}))
         assert math.isclose(made.value, k.default, rel_tol=1e-9) or (base and k.default < base**made.min)
 
 
+# what a knob's other values need of its neighbours
+BESIDE = dict(local_hidden_size=dict(num_encoder_heads=1, num_decoder_heads=1), context_window=dict(n_gram_sizes=[]))
+OTHERS = dict(
+    hyperbolic_dims=[8, 8, 4], boundary_points_per_level=[1, 0, 2], initial_curvatures=[0.5, 2.0, 1.0], initial_scales=[2.0, 1.0, 0.5],
+    initial_spread_values=[1.0, 2.0, 3.0], rotation_types=["quat", "identity"], transform_types=["linear", "quat"], transform_hidden_dims=[8, 16],
+    n_gram_sizes=[2], experts=["o1", "w1"], local_hidden_size=512, num_encoder_heads=4, num_decoder_heads=4,
+)
+
+
 def another(k):
-    "An allowed number that is not the default."
+    "An allowed value that is not the default."
+    if k.name in OTHERS:
+        return OTHERS[k.name]
+    if k.low is None or k.high is None:
+        return k.default / 2
     if k.type is int:
         return k.default + 1 if k.high is None or k.default < k.high else k.default - 1
     return (k.default + k.high) / 2 if k.default < k.high else (k.default + k.low) / 2
@@ -104,7 +118,7 @@ def test_flag(where, cls, k):
         argv, value = [flag if not k.default else flag.replace(".", ".no-")], not k.default
     else:
         value = k.choices[-1] if k.choices else another(k) if k.type is not str else "some.csv"
-        argv = [flag, str(value)]
+        argv = [flag, *map(str, value if is_list(k) else [value])]
     assert value != k.default or len(k.choices) == 1
     _, recipe = recipe_from_flags([*chosen, *argv])
     assert recipe[f"{group}.{k.name}"] == value

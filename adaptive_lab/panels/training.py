@@ -19,7 +19,7 @@ from traitlets import TraitError
 
 from ..knobs import KnobError, walk
 from ..live import Live
-from .controls import control, place, same
+from .controls import control, meant, place, same, words
 from .picture import Picture, Still, still
 from .views import ADVICE, BY_STEP, VIEWS, accuracy_view, advice_html, loss_view
 from ..tape import Recipe, save_session, session_code
@@ -85,7 +85,7 @@ def _make_controls(self):
         for k in walk(self.run.recipe.declared[group]):
             try:
                 made = control(k, getattr(self.run.knobs[group], k.name))
-            except (ValueError, TraitError):  # a list, or a number without a range
+            except (ValueError, TraitError):  # a number without a range
                 continue
             self.controls[f"{group}.{k.name}"], self.declared[f"{group}.{k.name}"] = made, k
             (live if k.live else fixed).append(made)
@@ -139,10 +139,11 @@ def _make_export(self):
 # %% ../../nbs/90_panels.training.ipynb #0016
 def _turned(self, address, value):
     "A control was moved by a person."
-    if self._quiet or same(self.live.settings()[address], value):
+    k = self.declared[address]
+    if self._quiet or same(words(k, self.live.settings()[address]), value):
         return
     try:
-        self.live.change({address: value})
+        self.live.change({address: meant(k, value)})
         self._message = ""
         self._draw_soon()
     except KnobError as e:
@@ -196,7 +197,8 @@ def stop(self):
 
 def _fixed(self) -> dict:
     "What a reset changes: the knobs that are not live, as their controls stand."
-    return {a: c.value for a, c in self.controls.items() if not self.declared[a].live and not same(self.run.recipe[a], c.value)}
+    fixed = [(a, k, self.controls[a].value) for a, k in self.declared.items() if not k.live]
+    return {a: meant(k, shown) for a, k, shown in fixed if not same(words(k, self.run.recipe[a]), shown)}
 
 # %% ../../nbs/90_panels.training.ipynb #0019
 def reset(self):
