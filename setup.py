@@ -38,6 +38,7 @@ setup(
             "controlled_adam = adaptive_lab.controller.controlled_adam",
             "dialects = adaptive_lab.data.dialects",
             "byte_model = adaptive_lab.bytropix.recipe",
+            "hakmem = adaptive_lab.hakmem.optimizer",
             "optimizers = adaptive_lab.optimizers",
             "zoo = adaptive_lab.zoo",
             "plasticity = adaptive_lab.plasticity",

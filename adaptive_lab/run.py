@@ -10,6 +10,7 @@ __all__ = ['step_seed', 'seeded', 'evaluate', 'Run', 'state_digest', 'weights_di
 import threading
 from collections import deque
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import cached_property
 from typing import Iterator
 
@@ -229,12 +230,25 @@ def session(self) -> Session:
 Run.session = session
 
 # %% ../nbs/16_run.ipynb #0035
+def _weights(self) -> tuple[dict, dict]:
+    "The model's state as it is measured, and what training goes on from where that differs."
+    own = self.model.state_dict()
+    if not hasattr(self.optimizer, "slow_weights"):
+        return own, {}
+    with self.optimizer.slow_weights():
+        measured = deepcopy(own)  # whose tensors are the model's
+    return measured, {name: t for name, t in own.items() if torch.is_tensor(t) and not torch.equal(t, measured[name])}
+
+Run._weights = _weights
+
+# %% ../nbs/16_run.ipynb #0036
 def save(self, store: Store, name: str):
     "Commit the run's present state to the store; returns the store's checkpoint. Raises `ArithmeticError` if a weight is not finite."
     if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
         raise ArithmeticError(f"{bad[0]} is not finite after step {self.index - 1}: nothing was saved, the last checkpoint stays. Go back to it and clip the gradient (clip=1)")
+    model, moving = self._weights()
     state = dict(
-        data=data_digest(self.data), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), position=self.position,
+        data=data_digest(self.data), model=model, moving=moving, optimizer=self.optimizer.state_dict(), position=self.position,
         losses=torch.tensor(self.losses, dtype=torch.float64), evaluations=self.evaluations,
     )
     metrics = {k: v for k, v in (self.evaluations or [{}])[-1].items() if k != "step"}
@@ -242,7 +256,7 @@ def save(self, store: Store, name: str):
     tape = [[c.step, c.knob, c.value] for c in self.tape]
     return store.save(name, self.index, state, metrics=metrics, recipe=self.recipe.to_dict(), tape=tape)
 
-# %% ../nbs/16_run.ipynb #0036
+# %% ../nbs/16_run.ipynb #0037
 def resume(store: Store, name: str, step: int | None = None) -> Run:
     "The run as it was when that checkpoint (the latest when `step` is None) was committed. Raises the store's errors."
     found = [c for c in store.checkpoints(name) if step in (None, c.step)]
@@ -253,14 +267,14 @@ def resume(store: Store, name: str, step: int | None = None) -> Run:
         raise RecipeError(f"run {name!r} was trained on other data than {run.recipe.names['data']!r} gives now: put the old data back, or train anew")
     for c in run.tape.before(checkpoint.step):
         run._apply({c.knob: c.value})
-    getattr(run.model, "restructure", run.model.load_state_dict)(state["model"])  # what was pruned since it was built
+    getattr(run.model, "restructure", run.model.load_state_dict)({**state["model"], **state.get("moving", {})})  # what was pruned since it was built
     run.optimizer.load_state_dict(state["optimizer"])
     run.position, run.losses, run.evaluations = state["position"], state["losses"].tolist(), state["evaluations"]
     return run
 
 Run.save, Run.resume = save, staticmethod(resume)
 
-# %% ../nbs/16_run.ipynb #0037
+# %% ../nbs/16_run.ipynb #0038
 def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]:
     "The run's steps, with a checkpoint committed every `every` steps and after the last one."
     for step in run.steps():
@@ -268,7 +282,7 @@ def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]
             run.save(store, name)
         yield step
 
-# %% ../nbs/16_run.ipynb #0040
+# %% ../nbs/16_run.ipynb #0041
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "Run a recipe (plain data) to its end with that seed: last loss, accuracies, and `forgetting` when there are tasks."
     recipe = Recipe.from_dict(recipe)
