@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .bytropix.config import ByteModelConfig
 from .data.text import Text, text_bytes
+from .hakmem.optimizer import HAKMEM
 from .knobs import walk
 from .run import Run
 from .store import Store
@@ -90,10 +91,10 @@ def training_flags(p):
     p.add_argument("--no_pictures", action="store_true", help="no pictures at the end of an epoch")
 
 def q_flags(p):
-    "Flags of the Q-learning optimizer."
-    for name, default, told in (("learning_rate", 0.1, "rate of the Q-table"), ("discount", 0.9, "discount of later rewards"), ("epsilon", 0.2, "chance of a random action at first"),
-                                ("epsilon_decay", 0.995, "factor of that chance at each action"), ("min_epsilon", 0.05, "least chance")):
-        p.add_argument(f"--q_{name}", type=float, default=default, help=f"{told} (default: {default:g})")
+    "Flags of the Q-learning optimizer: its knobs of those names."
+    for k in walk(HAKMEM):
+        if k.name.startswith("q_"):
+            p.add_argument(f"--{k.name}", type=float, default=k.default, help=f"{k.doc} (default: {k.default:g})")
     p.add_argument("--disable_q_controller", action="store_true", help="AdamW with a cosine over the run instead")
 
 # %% ../nbs/97_train_bytes.ipynb #0010
@@ -109,7 +110,7 @@ def recipe_of(o: argparse.Namespace) -> Recipe:
     per_epoch = max(1, -(-windows // (get("batch_size") * get("grad_accum_steps"))))
     steps = o.steps or max(1, math.ceil(per_epoch * get("epochs")))
     run = dict(seed=get("seed"), steps=steps, eval_every=o.eval_every or max(20, min(per_epoch // 4, 500)))
-    training = dict(clip=get("max_grad_norm"), accumulate=get("grad_accum_steps"), precision="no" if o.no_amp or not half() else "bf16")
+    training = dict(clip=get("max_grad_norm") if o.disable_q_controller else 0.0, accumulate=get("grad_accum_steps"), precision="no" if o.no_amp or not half() else "bf16")
     groups = dict(run=run, training=training, data=data, model=model, optimizer=optimizer_knobs(o, get, steps))
     return Recipe("text", "byte_model", optimizer_of(o), {f"{g}.{n}": v for g, knobs in groups.items() for n, v in knobs.items()})
 
@@ -122,11 +123,14 @@ def half() -> bool:
 # %% ../nbs/97_train_bytes.ipynb #0011
 def optimizer_of(o) -> str:
     "The optimizer's name."
-    return "adamw"
+    return "adamw" if o.disable_q_controller else "hakmem"
 
 def optimizer_knobs(o, get, steps: int) -> dict:
     "Its knobs."
-    return dict(lr=get("learning_rate"), weight_decay=get("weight_decay"), beta2=0.98, warmup=min(50, steps // 10), horizon=steps)
+    shared = dict(weight_decay=get("weight_decay"))
+    if o.disable_q_controller:
+        return shared | dict(lr=get("learning_rate"), beta2=0.98, warmup=min(50, steps // 10), horizon=steps)
+    return shared | {n: get(n) for n in ("learning_rate", "max_grad_norm")} | {n: v for n, v in vars(o).items() if n.startswith("q_")}
 
 # %% ../nbs/97_train_bytes.ipynb #0013
 def train_bytes(argv: list[str]) -> int:
@@ -162,7 +166,8 @@ class Watch:
         if self.draw and (run.index % self.epoch_steps == 0 or last):
             from adaptive_lab.bytepictures import write_all
 
-            write_all(run, self.folder, f"epoch_{-(-run.index // self.epoch_steps)}")
+            with getattr(run.optimizer, "slow_weights", nullcontext)():
+                write_all(run, self.folder, f"epoch_{-(-run.index // self.epoch_steps)}")
         if last:
             for t in self.trackers:
                 t.finish()

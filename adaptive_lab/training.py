@@ -186,6 +186,7 @@ def _steps(model, optimizer, batches, steps, loss, settings, scheduler, start, a
     "The generator behind `train`."
     wrapped, stepper = _prepare(model, optimizer, accelerator)
     index, feed, buffers = start.get("step", 0), _batches(batches, accelerator, start), list(model.buffers())
+    tell = getattr(optimizer, "set_current_loss", lambda value: None)
     while steps is None or index < steps:
         if not model.training:
             model.train()
@@ -196,6 +197,7 @@ def _steps(model, optimizer, batches, steps, loss, settings, scheduler, start, a
         norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip) if settings.clip else None
         if norm is not None:
             _finite(norm.item(), "gradient's norm", index, name, model, optimizer, before)
+        tell(value)
         stepper.step()
         _next_rate(scheduler, value)
         index += 1

@@ -67,7 +67,9 @@ def test_two_processes_make_the_losses_of_one_and_a_restart_the_same_bits(text, 
     (["--dropout", "1.5"], "dropout"),
     (["--data_path", "absent.txt"], "absent.txt"),
     (["--experts", "o3", "q9"], "q9"),
-    (["--learning_rate", "-1"], "lr"),
+    (["--learning_rate", "-1"], "learning_rate"),
+    (["--learning_rate", "-1", "--disable_q_controller"], "lr"),
+    (["--q_discount", "1"], "q_discount"),
 ])
 def test_a_flag_that_cannot_be_is_refused_by_name(text, tmp_path, capsys, flags, said):
     from adaptive_lab.cli import main

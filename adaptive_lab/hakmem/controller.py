@@ -113,12 +113,13 @@ def _note(self, base, m, loss, gain, epsilon):
 Controller.note = _note
 
 # %% ../../nbs/28_hakmem.controller.ipynb #0021
-def _after(self, base: float, knobs, gather: Callable[[], tuple[list[float], list[float]]]) -> bool:
-    "One step was made. Decide if it is time; `gather` then returns the alignments and losses since it was last called."
+def _after(self, base: float, knobs, gather: Callable[[], tuple[list[float], list[float]]], agree=lambda losses: losses) -> bool:
+    "One step was made. Decide if it is time; `gather` then returns the alignments and losses since it was last called, `agree` the mean over processes."
     self.steps += 1
     if self.steps < self.due:
         return False
     self.take(*gather())
+    self.losses = agree(self.losses)
     self.decide(base, knobs)
     return True
 
@@ -145,7 +146,7 @@ def _restored(saved: dict) -> Controller:
     if lacks := [n for n in (*PLAIN, "rates", "momenta") if n not in saved]:
         raise ValueError(f"the controller's state has no {lacks[0]!r}: load what state_dict() of this optimizer gave")
     for table, name in ((found.rates, "rates"), (found.momenta, "momenta")):
-        values = np.array(saved[name], float)
+        values = torch.as_tensor(saved[name], dtype=torch.float64).numpy().copy()
         if values.shape != table.values.shape:
             raise ValueError(f"the table of {name} has shape {values.shape}, and {table.values.shape} is needed: it is of another version")
         table.values = values

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'HAKMEM', 'checked', 'HAKMEMEnhancedSGD', 'settled', 'real', 'begun', 'moving', 'step', 'set_current_loss',
-           'loss', 'telling', 'slow_weights', 'state_dict', 'load_state_dict', 'diagnostics', 'hakmem']
+           'slow_weights', 'state_dict', 'load_state_dict', 'diagnostics', 'hakmem']
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0003
 import math
@@ -21,7 +21,6 @@ from .lists import Item, Move, Rule, alignment, average, step_list, typical_size
 from ..knobs import Knobs, knob, knobs_from, walk
 from ..native import announce
 from ..parts import part
-from ..training import cross_entropy
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0006
 class HAKMEM(Knobs):
@@ -48,7 +47,7 @@ def checked(*values) -> HAKMEM:
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0009
 class HAKMEMEnhancedSGD(Optimizer):
-    """Schedule-free steps whose rate and momentum Q-learning scales. Tell it the loss by `step(closure)`, `set_current_loss` or `loss`;
+    """Schedule-free steps whose rate and momentum Q-learning scales. Tell it the loss by `step(closure)` or `set_current_loss`, as `train` does;
     measure the model inside `slow_weights()`, or between `eval()` and `train()`."""
 
     copies = ("fast", "slow")  # what is kept of a parameter in its own units: surgery grafts rows of weights into it, not zeros
@@ -196,7 +195,7 @@ def _step(self, work: list[tuple[HAKMEM, list[Tensor]]]):
     sums = rows.step(moves, rule) if rows else step_list(items, moves, rule)
     if not lead.disable_q_controller:
         self._sums.append(sums)
-        c.after(base, lead, self._gather)
+        c.after(base, lead, self._gather, self._agreed)
 
 HAKMEMEnhancedSGD._step = _step
 
@@ -220,22 +219,7 @@ def set_current_loss(self, loss):
     if not self.param_groups[0]["disable_q_controller"]:
         self._told.append(value)
 
-def loss(self, model: nn.Module, batch) -> Tensor:
-    "Cross-entropy of `model(x)` against y, for `train(..., loss=optimizer.loss)`: it is told on the way."
-    return self.telling(cross_entropy)(model, batch)
-
-def telling(self, f):
-    "A loss of your own, (model, batch) → scalar, that tells its values in training."
-
-    def told(model, batch):
-        value = f(model, batch)
-        if model.training:
-            self.set_current_loss(value)
-        return value
-
-    return told
-
-HAKMEMEnhancedSGD.set_current_loss, HAKMEMEnhancedSGD.loss, HAKMEMEnhancedSGD.telling = set_current_loss, loss, telling
+HAKMEMEnhancedSGD.set_current_loss = set_current_loss
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0023
 def _gather(self) -> tuple[list[float], list[float]]:
@@ -250,17 +234,22 @@ def _gather(self) -> tuple[list[float], list[float]]:
 HAKMEMEnhancedSGD._gather = _gather
 
 def _numbers(values: list) -> list[float]:
-    "Numbers and tensors of one number as numbers, read at once; the mean over processes where there are several."
+    "Numbers and tensors of one number as numbers, read at once."
     tensors = [v.reshape(()) for v in values if isinstance(v, Tensor)]
     if tensors:
         read = iter(torch.stack([t.to(tensors[0].device, torch.float64) for t in tensors]).tolist())
-        values = [next(read) if isinstance(v, Tensor) else float(v) for v in values]
-    if values and torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        device = tensors[0].device if tensors else "cpu"
-        all_of_them = torch.tensor(values, dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(all_of_them)
-        values = (all_of_them / torch.distributed.get_world_size()).tolist()
-    return values
+        values = [next(read) if isinstance(v, Tensor) else v for v in values]
+    return [float(v) for v in values]
+
+def _agreed(self, losses: list[float]) -> list[float]:
+    "The mean over processes; every process must call it."
+    if not losses or not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return losses
+    sums = torch.tensor(losses, dtype=torch.float64, device=self.param_groups[0]["params"][0].device)
+    torch.distributed.all_reduce(sums)
+    return (sums / torch.distributed.get_world_size()).tolist()
+
+HAKMEMEnhancedSGD._agreed = _agreed
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0028
 @torch.no_grad()
