@@ -51,7 +51,7 @@ SEEDS, TUNING, RATES = range(5), range(1000, 1002), (1e-4, 1e-3, 1e-2, 1e-1, 1.0
 def tuned(workload: str, quick: bool, **how) -> tuple[dict[str, dict], Comparison]:
     "Every row's best candidate, and the comparison of all on the test data."
     base = dict(workload=workload, **(dict(steps=150) if quick else {}))
-    best = chosen(CONTEST, rows(quick), base, TUNING[:1] if quick or workload == "text" else TUNING, **how)
+    best = chosen(CONTEST, rows(quick), base, TUNING[:1] if quick or workload in ("pictures", "text") else TUNING, **how)
     tests = {arm: dict(recipe, tested_on="test") for arm, recipe in best.items()}
     if not quick:
         tests["ours, tables do not learn"] = dict(tests[OURS], q_learning_rate=0.0)
@@ -91,7 +91,7 @@ def any_table(found: dict, rates) -> str:
     return "\n".join(out + [f"| {arm} | " + " | ".join(f"{v:.4g}" for v in each) + f" | {m:.2f} [{low:.2f}, {high:.2f}] |" for arm, (each, m, low, high) in found.items()])
 
 # %% ../../nbs/95_bench.rates.ipynb #0015
-HORIZONS = (500, 1000, 2000)
+HORIZONS = (400, 800, 1600)
 
 def horizons(best: dict[str, dict], quick: bool, **how) -> tuple[str, list[Figure]]:
     "Bits per byte at each horizon: ours on its way, a cosine trained for each; and the differences."
