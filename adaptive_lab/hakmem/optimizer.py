@@ -154,7 +154,8 @@ HAKMEMEnhancedSGD._items, HAKMEMEnhancedSGD._native = _items, _native
 def _norm(items: list[Item]) -> float:
     "The norm of the whole gradient; waits for the device once."
     norms = torch._foreach_norm([i.g for i in items])
-    return float(torch.stack([n.to(norms[0].device, torch.float32) for n in norms]).norm())
+    kind = torch.promote_types(norms[0].dtype, torch.float32)
+    return math.hypot(*torch.stack([n.to(norms[0].device, kind) for n in norms]).tolist())
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0018
 @torch.no_grad()
@@ -194,7 +195,8 @@ def _step(self, work: list[tuple[HAKMEM, list[Tensor]]]):
     rule = Rule(lead.beta2, scale=scale)
     sums = rows.step(moves, rule) if rows else step_list(items, moves, rule)
     if not lead.disable_q_controller:
-        self._sums.append(sums)
+        if c.steps > 1:  # before that the fast weights are at the average, and rounding alone would point somewhere
+            self._sums.append(sums)
         c.after(base, lead, self._gather, self._agreed)
 
 HAKMEMEnhancedSGD._step = _step
