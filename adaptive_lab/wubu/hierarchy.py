@@ -52,12 +52,13 @@ class Hierarchy:
 
     def __init__(self, closure: Closure):
         pairs, self.n = clean_pairs(closure), len(closure.nodes)
-        self.order = depth_first(main_parents(pairs, self.n))  # (n,) numbers in the closure
-        at = np.empty(self.n, np.int64)
+        parent = main_parents(pairs, self.n)
+        self.order = depth_first(parent)  # (n,) numbers in the closure
+        at = np.append(np.empty(self.n, np.int64), -1)  # the last stands for: no parent
         at[self.order] = np.arange(self.n)
         pairs = at[pairs]
         pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-        self.parent = main_parents(pairs, self.n)  # (n,)
+        self.parent = at[parent[self.order]]  # (n,), less than the node's own number
         self.ancestors, self.descendants = (np.bincount(pairs[:, i], minlength=self.n) for i in (0, 1))  # (n,) how many
         self.start = np.concatenate([[0], np.cumsum(self.ancestors)])  # (n + 1,)
         self.above = np.ascontiguousarray(pairs[:, 1], np.int32)  # (m,)

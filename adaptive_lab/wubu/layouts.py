@@ -65,7 +65,7 @@ def fan(h: Hierarchy, rng: np.random.Generator) -> Layout:
     return Layout(ways, np.where(h.inner, radius_of(theta), RIM), np.minimum(theta, 1))
 
 # %% ../../nbs/52_wubu.layouts.ipynb #0013
-KAPPA, LEAF_WEIGHT, STRIDE = 0.7, 0.3, 8.0  # STRIDE: steps in caps are longer than in arcs, in which nobody can pass anybody
+KAPPA, LEAF_WEIGHT, STRIDE = 0.7, 0.3, 4.0  # STRIDE: steps in caps are longer than in arcs, in which nobody can pass anybody
 
 def unit(z: np.ndarray) -> np.ndarray:  # (k, dim)
     "Vectors of length one."
