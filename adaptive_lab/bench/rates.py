@@ -63,7 +63,7 @@ def tuned_table(done: Comparison, best: dict[str, dict]) -> str:
     "The tuned rows as a Markdown table, with what was chosen for each."
     out = ["| row | test loss | − strongest rival [95%] | p (Holm) | | chosen |", "|---|---|---|---|---|---|"]
     for r in done.rows():
-        d, said = r.difference, settings({r.arm: best[r.arm]}, ("workload", "method")).partition(": ")[2] if r.arm in best else "as above"
+        d, said = r.difference, settings({r.arm: best[r.arm]}, ("workload", "method", "steps")).partition(": ")[2] if r.arm in best else "as above"
         pair = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] | {r.p_holm:.2g}" if d else " | "
         out.append(f"| {r.arm} | {r.mean:.4f} ± {r.sd:.4f} | {pair} | {r.verdict} | {said} |")
     return "\n".join([*out, "", f"strongest rival: {done.reference('loss')}; {len(done.seeds)} seeds"])
@@ -91,7 +91,7 @@ def any_table(found: dict, rates) -> str:
     return "\n".join(out + [f"| {arm} | " + " | ".join(f"{v:.4g}" for v in each) + f" | {m:.2f} [{low:.2f}, {high:.2f}] |" for arm, (each, m, low, high) in found.items()])
 
 # %% ../../nbs/95_bench.rates.ipynb #0015
-HORIZONS = (400, 800, 1600)
+HORIZONS = (300, 600, 1200)
 
 def horizons(best: dict[str, dict], quick: bool, **how) -> tuple[str, list[Figure]]:
     "Bits per byte at each horizon: ours on its way, a cosine trained for each; and the differences."

@@ -146,7 +146,7 @@ WORKLOADS = {
     "pictures": _samples(mnist_parts, lambda: _pictures(784), 300),
     "small pictures": _samples(digits_parts, lambda: _pictures(64), 300),
     "table": _samples(table_parts, lambda: perceptron([6, 64, 64, 2]), 600),
-    "text": _text("shakespeare", 400),
+    "text": _text("shakespeare", 300),
     "Python": _text("python", 100),
 }
 NEEDS = {"pictures": "mnist/train-images-idx3-ubyte.gz", "table": "adbench/23_mammography.npz", "text": "tinyshakespeare/input.txt"}
