@@ -25,7 +25,7 @@ from ..data.text import stdlib_bytes
 from ..sampling import Sampling, stream
 
 # %% ../../nbs/95_bench.generation.ipynb #0005
-MILLION = dict(local_hidden_size=128, decoder_memory_dim=128, hyperbolic_dims=[64, 32, 16], num_encoder_layers=1, num_decoder_layers=3, num_encoder_heads=4, num_decoder_heads=4)
+MILLION = dict(local_hidden_size=256, decoder_memory_dim=128, hyperbolic_dims=[64, 32, 16], num_encoder_layers=0, num_decoder_layers=1, num_encoder_heads=4, num_decoder_heads=4)
 
 def byte_model(text: np.ndarray, **config) -> ByteModel:  # (n,) uint8
     "A byte model that has counted this text."
