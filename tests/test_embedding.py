@@ -130,6 +130,20 @@ def test_bounds_leave_nobody_out():
     assert alike(a, b)
 
 
+@pytest.mark.skipif(tree_kernel(3, False) is None, reason="no C compiler")
+@pytest.mark.parametrize("flat", [False, True])
+def test_steps_agree(flat):
+    a, b = (placed(HIERARCHIES["graph"], 3, 0, flat, native) for native in (True, False))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        a.g[:, :, : a.n] = torch.randn(*a.g.shape[:2], a.n, generator=g)
+        b.g.copy_(a.g)
+        for p in (a, b):
+            p.step(0.05, 7)
+    assert torch.allclose(a.ways, b.ways, atol=1e-5) and (flat or torch.allclose(a.R, b.R, atol=1e-4)) and not a.g.any()
+    assert flat or torch.allclose(a.ways.norm(dim=1), torch.ones(a.n))
+
+
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr("adaptive_lab.wubu.tree_kernel.tree_kernel", lambda dim, flat: None)
     e = embed(HIERARCHIES["tree"], 3, knobs=Annealing(steps=60, rounds=0))

@@ -36,7 +36,7 @@ class Annealing(Knobs):
     cold: float = knob(0.07, "temperature at the end", gt=0, log=True, live=False)
     fast: float = knob(0.05, "rate at the start: an angle, or a radius, in one step", gt=0, log=True, live=False)
     slow: float = knob(0.002, "rate at the end", gt=0, log=True, live=False)
-    cut: float = knob(5.0, "temperatures beyond the farthest ancestor from which on others are left out", gt=0, live=False)
+    cut: float = knob(3.0, "temperatures beyond the farthest ancestor from which on others are left out", gt=0, live=False)
     warm: float = knob(0.05, "share of the steps in which the rate rises", ge=0, le=1, live=False)
 
 # %% ../../nbs/53_wubu.embedding.ipynb #0009
