@@ -31,9 +31,9 @@ def byte_arm(model: dict, budget: float, path: str, lr: float = 8e-3, **more) ->
     "The recipe of a byte model."
     return dict(path=path, core_seconds=budget, model=model, lr=lr) | more
 
-def plain_arm(budget: float, path: str, lr: float = 8e-3, dim: int = 64, layers: int = 2, **more) -> dict:
-    "The recipe of a plain transformer; 2 layers of 64 have 140,000 parameters, the small byte model 150,000."
-    model = dict(num_layers=layers, num_heads=dim // 32, dim=dim, context=128)
+def plain_arm(budget: float, path: str, lr: float = 12e-3, dim: int = 64, layers: int = 2, **more) -> dict:
+    "The recipe of a plain transformer; 2 layers of 64 have 135,000 parameters, the small byte model 150,000."
+    model = dict(num_layers=layers, num_heads=dim // 32, dim=dim, context=64)
     return dict(path=path, core_seconds=budget, kind="transformer", lr=lr, batch_bytes=1024, model=model) | more
 
 # %% ../../nbs/97_bench.bytes.ipynb #0006
