@@ -42,7 +42,7 @@ def curve(path: str, budgets, models: dict, **how) -> dict[float, Comparison]:
     arms = lambda b: {n: byte_arm(m, b, path, **k) for n, (m, k) in models.items()} | {n: plain_arm(b, path, **k) for n, k in PLAIN.items()}
     return {b: compare(arms(b), measure=MEASURE, baseline=[*PLAIN], higher_is_better=dict(bits=False), **how) for b in budgets}
 
-PLAIN = {"plain transformer, equal parameters": dict(), "plain transformer, 2 × 96": dict(dim=96, lr=6e-3)}
+PLAIN = {"plain transformer, equal parameters": dict(), "plain transformer, 3 × 96": dict(dim=96, layers=3, lr=6e-3)}
 
 def ablation(path: str, budget: float, model: dict, **how) -> Comparison:
     "What is lost without each part; the whole model is the baseline."
