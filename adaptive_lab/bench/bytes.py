@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURE', 'SMALL', 'MEDIUM', 'FAST', 'QUICK', 'PLAIN', 'byte_arm', 'plain_arm', 'curve', 'ablation', 'patchings',
-           'mean', 'told', 'bench', 'longer']
+           'counted', 'mean', 'told', 'bench', 'longer']
 
 # %% ../../nbs/97_bench.bytes.ipynb #0003
 import time
@@ -59,6 +59,13 @@ def patchings(path: str, budget: float, model: dict, **how) -> Comparison:
     return compare(arms, measure=MEASURE, baseline=["stride", "whitespace"], higher_is_better=dict(bits=False), **how)
 
 # %% ../../nbs/97_bench.bytes.ipynb #0007
+def counted(train: np.ndarray, held: np.ndarray, about: str = "") -> list[Figure]:
+    "What counts and compressors take, and how long the counts took."
+    clock = time.process_time()
+    bits = kneser_ney(train, held)
+    kn = Figure(f"{about}Kneser–Ney, order 5", bits, "bits/byte", note=f"{time.process_time() - clock:.1f} core-s")
+    return [kn, *(Figure(about + n, v, "bits/byte") for n, v in compressed(train, held).items())]
+
 def mean(c: Comparison, arm: str, metric: str = "bits") -> float | None:
     "Of a metric over the seeds."
     values = list(c.values(arm, metric).values())
@@ -76,9 +83,7 @@ def bench(quick: bool = False) -> Report:
     seeds, budgets = (range(1), (4,)) if quick else (range(5), (15, 60, 240))
     model = QUICK if quick else SMALL
     train, held = texts(path, 200_000 if quick else 1_000_000)
-    clock = time.process_time()
-    kn, r = kneser_ney(train, held), Report("bytes")
-    r.figures = [Figure("Kneser–Ney, order 5", kn, "bits/byte", note=f"{time.process_time() - clock:.1f} core-s"), *(Figure(n, v, "bits/byte") for n, v in compressed(train, held).items())]
+    r = Report("bytes", counted(train, held))
     many = dict(limit=200_000) if quick else {}
     found = curve(path, budgets, {"byte model": (model, many)}, seeds=seeds)
     for b, c in found.items():
@@ -100,6 +105,7 @@ def longer(r: Report, path: str, seeds):
         ("the standard library, 60 core-s", curve("", [60], {"byte model": (SMALL, {})}, seeds=seeds)[60]),
     ):
         r.figures += [Figure(f"{title}: {arm}", mean(c, arm), "bits/byte", None, told(c, arm)) for arm in c.arms]
+    r.figures += counted(*texts(), "the standard library: ")
     c, arm = compare({"byte model": byte_arm(MEDIUM, 1800, path, lr=4e-3)}, seeds[:3], MEASURE, higher_is_better=dict(bits=False)), "byte model"
     sizes = f"{len(c.values(arm, 'bits'))} seeds; {mean(c, arm, 'parameters'):,.0f} parameters and {mean(c, arm, 'entries'):,.0f} entries of tables"
     r.figures.append(Figure("byte model, 1800 core-s", mean(c, arm), "bits/byte", 2.05, sizes))
