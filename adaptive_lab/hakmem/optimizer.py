@@ -215,8 +215,10 @@ HAKMEMEnhancedSGD._skip = _skip
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0022
 def set_current_loss(self, loss):
     "Tell the loss of the coming step; with several batches in a step, of each."
-    value = loss.detach() if isinstance(loss, Tensor) else loss
-    if not (isinstance(value, Tensor) and value.numel() == 1) and not isinstance(value, (int, float)):
+    value = loss
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        value = loss.item() if loss.is_cpu else loss.detach()  # elsewhere reading would be waiting
+    elif not isinstance(loss, (int, float)):
         raise TypeError(f"loss={loss!r} is not allowed: one number, or a tensor of one")
     if not self.param_groups[0]["disable_q_controller"]:
         self._told.append(value)
