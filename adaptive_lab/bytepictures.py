@@ -31,14 +31,14 @@ def metrics_svg(losses: list[float], evaluations: list[dict]) -> SVG:
 
 # %% ../nbs/85_bytepictures.ipynb #0008
 def foretold(model, data: bytes) -> tuple[np.ndarray, np.ndarray]:  # (n,), (n,)
-    "What each byte of a window costs in bits, and the likeliest byte before it; the first byte is not foretold and costs 8 bits."
+    "What each byte of a window costs in bits, and the likeliest byte before it; the first byte is not foretold, its cost nan."
     import torch
 
     x = torch.tensor([list(data)], device=next(model.parameters()).device)
     with at_rest(model):
         p = model(x[:, :-1])[0].double().log_softmax(-1).cpu()
     bits = -p.gather(1, x[0, 1:, None].cpu())[:, 0].numpy() / math.log(2)
-    return np.concatenate([[8.0], bits]), np.concatenate([[data[0]], p.argmax(-1).numpy()])
+    return np.concatenate([[np.nan], bits]), np.concatenate([[data[0]], p.argmax(-1).numpy()])
 
 # %% ../nbs/85_bytepictures.ipynb #0010
 def write_all(run, folder: Path, name: str) -> list[Path]:

@@ -25,7 +25,7 @@ from .parts import UnknownPart, parts
 from .run import Run, data_digest, replay, weights_digest
 from .store import Corrupt, Store, StoreError
 from .tape import GROUPS, Recipe, load_session
-from .unattended import at_least_one, free_name, go_on, output_flags, where
+from .unattended import at_least_one, free_name, go_on, output_flags, resumed
 
 # %% ../nbs/98_cli.ipynb #0005
 CHOICES = dict(data="split_digits", model="mlp", optimizer="plasticity")
@@ -89,12 +89,7 @@ def resume_command(argv) -> int:
     options = output_flags(p).parse_args(argv)
     options.resumed, options.replaced = True, []
     store = Store(options.store)
-    try:
-        run = Run.resume(store, options.name, options.step)
-    except Corrupt as e:
-        damaged = {which for p in store.verify(options.name) for which in p.checkpoints}
-        good = [c.step for c in store.checkpoints(options.name) if (c.run, c.step) not in damaged]
-        raise ValueError(f"{e}\n" + (f"the newest good one: adaptive-lab resume {where(store)}{options.name} --step {max(good)}" if good else "no checkpoint of this run is whole")) from None
+    run = resumed(store, options.name, options.step)
     if options.steps:
         run.recipe.knobs["run"].steps = options.steps
     if run.index >= run.recipe["run.steps"]:

@@ -206,7 +206,7 @@ def _unrest_seen(h: History) -> str:
 def _lag_seen(h: History) -> str:
     "What shows that the present task is not learnt."
     l = lag(h)
-    name = f"task {h.tests[task_now(h)[0]]}" if h.boundaries else "its accuracy"
+    name = f"task {h.tests[task_now(h)[0]]}" if h.boundaries and len(h.tests) == len(h.boundaries) + 1 else "its accuracy"
     alone = math.isnan(l.standard[-1])
     than = f"guessing gives {1 / h.classes:.2f}" if alone else f"earlier tasks had reached {l.standard[-1]:.2f} by then"
     return f"{name} reached {l.mine[-1]:.2f} in {l.age[-1]} steps; {than}"

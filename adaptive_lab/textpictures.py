@@ -65,7 +65,7 @@ def _text(signs: list[str], columns: int) -> str:
 # %% ../nbs/84_textpictures.ipynb #0011
 def cost_svg(
     data: bytes,
-    bits,  # (n,) what each byte cost
+    bits,  # (n,) what each byte cost; nan: it was not foretold
     guesses=None,  # (n,) the likeliest byte before each
     title: str = "bits per byte",
     columns: int = 64,
@@ -78,8 +78,9 @@ def cost_svg(
     line, body, signs = LINE + (0 if guesses is None else 10), [], letters(data)
     for i, (sign, cost) in enumerate(zip(signs, bits)):
         x, y = 4 + i % columns * CELL, 26 + i // columns * line
-        tip = f"{sign} cost {cost:.2f} bits" + ("" if guesses is None else f"; likeliest: {letters(bytes([guesses[i]]))[0]}")
-        shade = min(1.0, max(0.0, cost / most)) if np.isfinite(cost) else 1.0
+        likeliest = "" if guesses is None else f"; likeliest: {letters(bytes([guesses[i]]))[0]}"
+        tip = f"{sign} was not foretold" if np.isnan(cost) else f"{sign} cost {cost:.2f} bits{likeliest}"
+        shade = min(1.0, max(0.0, cost / most)) if not np.isnan(cost) else 0.0
         body.append(f'<rect x="{x}" y="{y}" width="{CELL}" height="{LINE - 5}" fill="{COLORS[1]}" fill-opacity="{0.85 * shade:.2f}"><title>{escape(tip)}</title></rect>')
         body.append(f'<text x="{x + CELL / 2}" y="{y + 13}" class="l">{escape(sign)}</text>')
         if guesses is not None and guesses[i] != data[i]:

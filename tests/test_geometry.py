@@ -726,6 +726,26 @@ def test_bad_input_is_named():
             f()
 
 
+def test_what_is_no_vector_is_named():
+    ball = PoincareBall()
+    for f in (lambda: ball.expmap0([1.0, 2.0]), lambda: ball.expmap0(torch.tensor(1.0)), lambda: ball.expmap0(v=3.0)):
+        with pytest.raises(ValueError, match="v must be a tensor of vectors"):
+            f()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("radius", (30.0, 100.0, 400.0, 3000.0))
+def test_finite_points_have_finite_distances_and_gradients(radius, dtype):
+    "Gaps below what float64 can hold count as the least one, not as 0."
+    ball, near = PoincareBall(), torch.tensor([0.3, 0.1], dtype=dtype)
+    v = torch.tensor([radius / 2, 0.0], dtype=dtype, requires_grad=True)
+    x = ball.expmap(ball.expmap0(near), v)
+    found = [ball.dist(x, near), ball.dist0(x), ball.dist_to_plane(x, near, near), ball.dist_to_plane(ball.expmap0(v), ball.expmap0(near * radius), near), ball.dist(ball.mobius_add(ball.expmap0(v), near), near)]
+    for d in found:
+        (g,) = torch.autograd.grad(d, v, retain_graph=True)
+        assert 0 < d < 4 * radius and g.isfinite().all(), (d, g)
+
+
 def test_the_ball_learns_its_curvature_and_scale():
     "A gradient step on c and s fits distances."
     ball = PoincareBall(nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0)))

@@ -25,6 +25,7 @@ from adaptive_lab.sampling import Sampling
 from adaptive_lab.tape import RunKnobs
 from adaptive_lab.training import Training
 from adaptive_lab.transfer import Transfer
+from adaptive_lab.wubu.embedding import Annealing
 from adaptive_lab.zoo import Zoo
 
 GROUPS = {("run", None): RunKnobs, ("training", None): Training}
@@ -33,6 +34,7 @@ RIVALS = {("continual", None): continual.Protocol, ("reweighting", None): reweig
 RIVALS.update({(cls.__module__.rpartition(".")[2], None): cls for cls in (Charting, Bend, Functions, Prediction, TokenSizes, VAE)})
 RIVALS.update({(f"controller.{cls.__name__.lower()}", None): cls for cls in (Adaptation, Worth, Timing, Gating, Meta, PolicyKnobs, A2CKnobs, PPOKnobs, Liking)})
 RIVALS["sampling", None] = Sampling
+RIVALS["embedding", None] = Annealing
 RIVALS.update({(kind, name): p.knobs for kind in ("learner", "weighting") for name, p in parts(kind).items()})  # of comparisons, not of a recipe
 listed = lambda groups: [pytest.param(where, cls, k, id=f"{where[1] or where[0]}.{k.name}") for where, cls in groups.items() for k in walk(cls)]
 FLAGS, KNOBS = listed(GROUPS), listed(GROUPS | RIVALS)

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adaptive_lab.plasticity import Plasticity
@@ -151,6 +151,7 @@ def test_cures_that_cannot_act_are_not_named():
     st.lists(st.floats(0, 1e30), max_size=80), st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=8),
     st.sets(st.integers(1, 70), max_size=2), st.integers(1, 3), st.integers(0, 90),
 )
+@example([0.0] * 10, [(0.0, 0.0)], {1}, 1, 0)  # fewer tests than tasks
 def test_any_history_is_judged_without_an_error(losses, rows, boundaries, tests, step):
     names = "abc"[:tests]
     evaluations = [dict(step=10 * (i + 1), accuracy=a, **{f"accuracy/{t}": b for t in names}) for i, (a, b) in enumerate(rows)]

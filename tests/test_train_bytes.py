@@ -68,7 +68,7 @@ def test_two_processes_make_the_losses_of_one_and_a_restart_the_same_bits(text, 
     (["--data_path", "absent.txt"], "absent.txt"),
     (["--experts", "o3", "q9"], "q9"),
     (["--learning_rate", "-1"], "learning_rate"),
-    (["--learning_rate", "-1", "--disable_q_controller"], "lr"),
+    (["--learning_rate", "-1", "--disable_q_controller"], "learning_rate=-1.0"),
     (["--q_discount", "1"], "q_discount"),
 ])
 def test_a_flag_that_cannot_be_is_refused_by_name(text, tmp_path, capsys, flags, said):
@@ -90,3 +90,28 @@ def test_a_name_that_is_taken_is_not_overwritten_unasked(text, tmp_path, capsys)
     assert weights_digest(of(tmp_path).model) == before
     assert main([*given, "--overwrite", "--seed", "7"]) == 0
     assert weights_digest(of(tmp_path).model) != before
+
+
+def test_resume_goes_on_for_longer_and_refuses_what_the_checkpoint_does_not_say(text, tmp_path, capsys, monkeypatch):
+    here = [*SMALL, "--data_path", os.path.relpath(text), "--checkpoint_dir", str(tmp_path / "out")]
+    assert train_bytes([*here, "--steps", "2"]) == 0
+    monkeypatch.chdir(tmp_path)  # the text is found from another folder, too
+    assert train_bytes(["--checkpoint_dir", "out", "--resume", "--steps", "3", "--quiet", "--no_pictures"]) == 0
+    assert train_bytes([*SMALL, "--data_path", str(text), "--checkpoint_dir", "out", "--resume", "--steps", "4"]) == 0
+    assert of("out").index == 4
+    for flags, said in (
+        (["--resume", *SMALL, "--data_path", str(text), "--local_hidden_size", "32"], "local_hidden_size=16, not 32"),
+        (["--resume", *SMALL, "--data_path", str(text), "--disable_q_controller"], "begun with other flags"),
+        (["--resume", "--overwrite"], "give one of them"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train_bytes([*flags, "--checkpoint_dir", "out"])
+    assert of("out").index == 4
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(text, tmp_path):
+    with pytest.raises(ValueError, match="cannot be written"):
+        train_bytes([*SMALL, "--data_path", str(text), "--checkpoint_dir", str(text), "--steps", "2"])
+    with pytest.raises(ValueError, match="learning_rate=11.0"):
+        train_bytes([*SMALL, "--data_path", str(text), "--checkpoint_dir", str(tmp_path / "out"), "--learning_rate", "11", "--disable_q_controller"])
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,9 @@ from ..wubu.levels import WuBuLevels
 
 # %% ../../nbs/63_bytropix.model.ipynb #0006
 class ByteModel(nn.Module):
-    "Bytes (B, T) → logits (B, T, 256); position t foretells byte t + 1. Raises `ValueError` on what is not a window of bytes."
+    """Bytes (B, T) → logits (B, T, 256); position t foretells byte t + 1. Raises `ValueError` on what is not a window of bytes.
+    At rest (`eval()`) an edited byte changes no logit before it, to the last bit; in training the experts leave out the block of
+    their text that a window comes from, and they know it by the whole window."""
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ def stream(self, seen: Tensor, before: int = 0, cache=None) -> tuple[Tensor, Ten
     "The local encoder's stream, and the experts' log-probabilities."
     lp = more = None
     if self.experts:
-        lp, notes = self.experts(seen, before)
+        lp, notes = (t.to(self.notes.weight.dtype) for t in self.experts(seen, before))
         known = self.experts.alphabet
         more = self.notes(0.3 * notes.flatten(2)) + F.linear(lp[:, :, self.hinting, : len(known)].exp(), self.hint.weight[:, known])
     return self.encoder(seen, more, cache and cache.encoder, before), lp
@@ -82,7 +84,7 @@ def remember(self, e: Tensor, ids: Tensor, slots: int, frames=None) -> Tensor:  
 def answer(self, h: Tensor, lp: Tensor | None) -> Tensor:  # (B, T, dim) -> (B, T, 256)
     "The logits: the head's log-probabilities, and the experts' weighed."
     z = self.head(h)
-    return z if lp is None else z + (self.trust(h.float())[:, :, None] @ lp).squeeze(2)[..., self.experts.column]
+    return z if lp is None else z + (self.trust(h.to(self.trust.weight.dtype))[:, :, None] @ lp).squeeze(2)[..., self.experts.column]
 
 for f in (stream, remember, answer):
     setattr(ByteModel, f.__name__, f)

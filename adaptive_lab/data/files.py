@@ -132,7 +132,10 @@ class Closure:
 
     @classmethod
     def of(cls, pairs: list[tuple[str, str]]) -> "Closure":
-        "From pairs of names."
+        "From pairs of names. Raises `ValueError` on what is no pair."
+        pairs = list(pairs)
+        if wrong := [p for p in pairs if not isinstance(p, (tuple, list)) or len(p) != 2]:
+            raise ValueError(f"{wrong[0]!r} is no pair (node, ancestor): give two names")
         nodes = sorted({name for pair in pairs for name in pair})
         number = {name: i for i, name in enumerate(nodes)}
         flat = np.fromiter((number[name] for pair in pairs for name in pair), np.int64, 2 * len(pairs))

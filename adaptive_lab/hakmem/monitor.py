@@ -70,6 +70,8 @@ class GradientMonitor:
         for name, value, least in (("window", window, 5), ("spike", spike, 1), ("patience", patience, 1), ("lines", lines, 10)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
                 raise ValueError(f"{name}={value!r} is not allowed: a number from {least} on")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self.layers = layers_of(model)
         if not self.layers:
             raise ValueError("model has no parameter with requires_grad=True: there is no gradient to monitor")

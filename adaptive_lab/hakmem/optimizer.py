@@ -26,7 +26,7 @@ from ..parts import part
 class HAKMEM(Knobs):
     "Schedule-free steps with a Q-controller of rate and momentum."
 
-    learning_rate: float = knob(5e-4, "learning rate at first; the controller scales it", ge=0, le=10, log=True)
+    learning_rate: float = knob(5e-4, "learning rate at first, held to a fiftieth of a weight's typical size; the controller scales it", ge=0, le=10, log=True)
     momentum: float = knob(0.9, "share β of the average in the point where gradients are taken; the controller scales 1 − β", gt=0, lt=1)
     weight_decay: float = knob(0.01, "share of a weight that a step as large as itself takes away", ge=0, le=1, log=True)
     max_grad_norm: float = knob(1.0, "largest norm of the whole gradient; 0: no limit", ge=0, le=1000, span=(0, 10))

@@ -29,14 +29,14 @@ from .tree_kernel import Places
 class Annealing(Knobs):
     "How an embedding is trained."
 
-    steps: int = knob(1000, "steps at least", ge=0, live=False)
-    rounds: int = knob(100, "times that each node is a source at least", ge=0, live=False)
-    batch: int = knob(4096, "sources in a step", ge=1, live=False)
-    hot: float = knob(0.5, "temperature at the start", gt=0, log=True, live=False)
-    cold: float = knob(0.07, "temperature at the end", gt=0, log=True, live=False)
-    fast: float = knob(0.05, "rate at the start: an angle, or a radius, in one step", gt=0, log=True, live=False)
-    slow: float = knob(0.002, "rate at the end", gt=0, log=True, live=False)
-    cut: float = knob(3.0, "temperatures beyond the farthest ancestor from which on others are left out", gt=0, live=False)
+    steps: int = knob(1000, "steps at least", ge=0, span=(0, 10_000), live=False)
+    rounds: int = knob(100, "times that each node is a source at least", ge=0, span=(0, 1000), live=False)
+    batch: int = knob(4096, "sources in a step", ge=1, span=(1, 65_536), live=False)
+    hot: float = knob(0.5, "temperature at the start", gt=0, span=(0.01, 10), log=True, live=False)
+    cold: float = knob(0.07, "temperature at the end", gt=0, span=(0.01, 10), log=True, live=False)
+    fast: float = knob(0.05, "rate at the start: an angle, or a radius, in one step", gt=0, span=(1e-5, 1), log=True, live=False)
+    slow: float = knob(0.002, "rate at the end", gt=0, span=(1e-5, 1), log=True, live=False)
+    cut: float = knob(3.0, "temperatures beyond the farthest ancestor from which on others are left out", gt=0, span=(1, 20), live=False)
     warm: float = knob(0.05, "share of the steps in which the rate rises", ge=0, le=1, live=False)
 
 # %% ../../nbs/53_wubu.embedding.ipynb #0009
