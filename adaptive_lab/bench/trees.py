@@ -6,6 +6,7 @@
 __all__ = ['KINDS', 'FILES', 'MAMMALS', 'Fit', 'fit', 'threads', 'interval', 'rows', 'nouns', 'bench']
 
 # %% ../../nbs/95_bench.trees.ipynb #0003
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,10 +55,10 @@ def threads(n: int):
 # %% ../../nbs/95_bench.trees.ipynb #0008
 KINDS = ("hyperbolic", "euclidean")
 
-def interval(values: list[float], digits: int = 3) -> tuple[float, str]:
-    "The mean, and its 95% interval in words."
+def interval(values: list[float], least: float, most: float) -> tuple[float, str]:
+    "The mean, and its 95% interval, within what is possible, in words."
     d = paired(values, [0.0] * len(values))
-    return d.mean, f"{d.low:.{digits}f} to {d.high:.{digits}f}, {d.n} seeds" if d.n > 1 else "one seed"
+    return d.mean, f"{max(d.low, least):.3f} to {min(d.high, most):.3f}, {d.n} seeds" if d.n > 1 else "one seed"
 
 def rows(
     name: str,  # of the hierarchy
@@ -73,8 +74,8 @@ def rows(
         with one_thread():
             fits = [fit(closure, dim, geometry, seed) for seed in range(seeds)]
         found = {"rank": [f.ranks.mean_rank for f in fits], "map": [f.ranks.map for f in fits], "seconds": [f.core_seconds for f in fits]}
-        for what, label in (("rank", "mean rank"), ("map", "MAP"), ("seconds", "core-seconds")):
-            value, note = interval(found[what])
+        for what, label, least, most in (("rank", "mean rank", 1, math.inf), ("map", "MAP", 0, 1), ("seconds", "core-seconds", 0, math.inf)):
+            value, note = interval(found[what], least, most)
             out.append(Figure(f"{name}, d={dim}, {geometry}: {label}", value, "", bars.get(what) if geometry == KINDS[0] else None, note, what == "map"))
     return out
 

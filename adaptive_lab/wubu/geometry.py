@@ -163,7 +163,7 @@ def transport(x: Tensor, y: Tensor, v: Tensor, c: Tensor | float = 1.0) -> Tenso
 
 # %% ../../nbs/50_wubu.geometry.ipynb #0025
 def midpoint(x: Tensor, w: Tensor | None = None, c: Tensor | float = 1.0) -> Tensor:  # (…, k, n), (…, k) or None -> (…, n)
-    "The midpoint of k points with weights w, all equal if None; c is a number or (…)."
+    "The midpoint of k points with weights w of 0 or more, all equal if None; c is a number or (…)."
     C, (p, gap) = exact(c, x), lifted(x, c[..., None] if isinstance(c, Tensor) and c.ndim else c)
     weight = torch.ones_like(gap) if w is None else exact(w)
     time, space = (weight * (2 / gap - 1)).sum(-1), ((2 * weight / gap)[..., None] * p).sum(-2)
