@@ -88,15 +88,17 @@ def spheres_png(scene: Scene, path, at: int = -1, turn: float = -35, tilt: float
     from matplotlib.figure import Figure
 
     snapshot, colors = scene.snapshots[at], lambda i: LEVEL_COLORS[i % len(LEVEL_COLORS)]
-    figure = Figure(figsize=(6, 6.3), dpi=pixels / 6)
-    axes = figure.add_axes((0, 0, 1, 0.95))
+    foot = 0.2 * (1 + len(snapshot.levels))
+    figure = Figure(figsize=(6, 6.3 + foot), dpi=pixels / 6)
+    axes = figure.add_axes((0, foot / (6.3 + foot), 1, 6 / (6.3 + foot)))
     for xy, i, front in strokes(snapshot.levels, turn, tilt, 120):
         axes.plot(*xy.T, color=colors(i), alpha=0.5 if front else 0.15, linewidth=0.7)
     for xy, z, size, i, _, kind in dots(scene, snapshot, turn, tilt):
         axes.plot(*xy, "D" if kind == "descriptor" else "o", color=colors(i), markersize=size * 400, alpha=0.75 + 0.25 * z, markeredgecolor="#222", markeredgewidth=0.4)
     for i, level in enumerate(snapshot.levels):
         told = f"level {i}: {level.tangent.shape[1]} dimensions, c = {level.c:.3g}, s = {level.s:.3g}" + ("" if level.sigma is None else f", σ = {level.sigma:.3g}")
-        axes.text(-1.02, -0.9 - 0.055 * i, told, color=colors(i), fontsize=8)
+        figure.text(0.02, 0.2 * (len(snapshot.levels) - i) / (6.3 + foot), told, color=colors(i), fontsize=8)
+    figure.text(0.98, 0.2 / (6.3 + foot), "● boundary point  ◆ descriptor  • other point", fontsize=8, ha="right")
     axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
     axes.axis("off")
     figure.suptitle(f"{scene.title}, {snapshot.label or f'step {snapshot.step}'}", fontsize=11, y=0.985, parse_math=False)
@@ -157,13 +159,16 @@ def _ways(level, flat, to, R, color) -> list[str]:
 
 # %% ../nbs/83_spherepictures.ipynb #0019
 def _marks(level, flat, to, color, labels) -> list[str]:
-    "The points, the first of them with their names."
-    out, size = [], dict(boundary=4.2, descriptor=4)
+    "The points, the first of them with their names where there is room."
+    out, size, taken = [], dict(boundary=4.2, descriptor=4), []
     for j, (xy, name, kind) in enumerate(zip(flat, level.names, level.kinds)):
         if np.isfinite(xy).all():
-            (x, y), word = to(xy), f'<text x="{{:.1f}}" y="{{:.1f}}" font-size="9">{escape(name[:14])}</text>' if j < labels else ""
+            x, y = to(xy)
             out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size.get(kind, 2.4)}" fill="{color}" stroke="currentColor" stroke-width=".5"><title>{escape(name)}, {escape(kind)}</title></circle>')
-            out.append(word.format(x + 6, y + 3))
+            box = (x + 6, y - 5, x + 6 + 5.4 * len(name[:14]), y + 5)
+            if j < labels and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+                taken.append(box)
+                out.append(f'<text x="{x + 6:.1f}" y="{y + 3:.1f}" font-size="9">{escape(name[:14])}</text>')
     return out
 
 # %% ../nbs/83_spherepictures.ipynb #0022
