@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'GRACE', 'BadName', 'check_run', 'check_step', 'plain_json', 'Checkpoint', 'record_bytes', 'read_record',
-           'locked', 'Reader', 'Problem', 'Store']
+           'locked', 'Reader', 'Problem', 'whole', 'Store']
 
 # %% ../nbs/14_store.ipynb #0003
 import json
@@ -219,6 +219,14 @@ def _verify(store: Reader, run: str | None) -> list[Problem]:
     return problems
 
 # %% ../nbs/14_store.ipynb #0029
+def whole(self, run: str) -> list[int]:
+    "Steps of the run's checkpoints of which nothing is damaged."
+    damaged = {which for problem in self.verify(run) for which in problem.checkpoints}
+    return [c.step for c in self.checkpoints(run) if (c.run, c.step) not in damaged]
+
+Reader.whole = whole
+
+# %% ../nbs/14_store.ipynb #0031
 class Store(Reader):
     "A folder of checkpoints, made when the first one is saved. Any number of processes may use it at once."
 
@@ -250,7 +258,7 @@ class Store(Reader):
         "Remove what no checkpoint needs; gives the bytes freed."
         return _collect(self.folder, self._records) if self.folder.is_dir() else 0
 
-# %% ../nbs/14_store.ipynb #0030
+# %% ../nbs/14_store.ipynb #0032
 def _put(path: Path, code, scratch: Path):
     "Make sure that an object is there, whole and durable."
     if path.exists() and not check_file(path, code.hash):
@@ -270,7 +278,7 @@ def _commit(store: Store, ck: Checkpoint, code):
     _put(store._object(ck.hash), code, scratch)
     write_durably(records / ck.run / f"{ck.step:012d}.json", [record_bytes(ck)], scratch)
 
-# %% ../nbs/14_store.ipynb #0034
+# %% ../nbs/14_store.ipynb #0036
 def _collect(folder: Path, records) -> int:
     "Remove unneeded objects and left temporary files, alone in the store."
     with locked(folder, exclusive=True):

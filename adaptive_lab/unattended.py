@@ -138,8 +138,7 @@ def resumed(store: Store, name: str, step: int | None = None) -> Run:
     try:
         return Run.resume(store, name, step)
     except Corrupt as e:
-        damaged = {which for p in store.verify(name) for which in p.checkpoints}
-        good = [c.step for c in store.checkpoints(name) if (c.run, c.step) not in damaged]
+        good = store.whole(name)
         raise ValueError(f"{e}\n" + (f"the newest good one: adaptive-lab resume {where(store)}{name} --step {max(good)}" if good else "no checkpoint of this run is whole")) from None
 
 # %% ../nbs/96_unattended.ipynb #0015

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from adaptive_lab.bytropix.generation import load_model
 from adaptive_lab.data.text import stdlib_bytes
 from adaptive_lab.run import Run, weights_digest
 from adaptive_lab.store import Store
@@ -107,6 +108,18 @@ def test_resume_goes_on_for_longer_and_refuses_what_the_checkpoint_does_not_say(
         with pytest.raises(ValueError, match=said):
             train_bytes([*flags, "--checkpoint_dir", "out"])
     assert of("out").index == 4
+
+    store = Store("out")  # a newest checkpoint that is damaged: both commands name the one before
+    newest = store._object(store.checkpoints("bytes")[-1].hash)
+    damaged = bytearray(newest.read_bytes())
+    damaged[-100] ^= 1
+    newest.chmod(0o644)
+    newest.write_bytes(damaged)
+    assert store.whole("bytes") == [2, 3]
+    with pytest.raises(ValueError, match="--step 3"):
+        train_bytes(["--resume", "--checkpoint_dir", "out"])
+    with pytest.raises(ValueError, match="bytes@3"):
+        load_model("out")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(text, tmp_path):

@@ -17,7 +17,7 @@ from .config import ByteModelConfig
 from .model import ByteModel
 from .stepper import stepper
 from ..sampling import Sampling, readable, rows_of
-from ..store import Checkpoint, Missing, Reader
+from ..store import Checkpoint, Corrupt, Missing, Reader
 from ..tape import check_format
 
 # %% ../../nbs/65_bytropix.generation.ipynb #0006
@@ -137,7 +137,11 @@ def load_model(path) -> ByteModel:
     given = {name.partition(".")[2]: v for name, v in recipe["knobs"].items() if name.startswith("model.")}
     with torch.random.fork_rng(devices=[]):
         model = ByteModel(ByteModelConfig(**{name: v for name, v in given.items() if name in ByteModelConfig.model_fields}))
-    state = store.load(found.run, found.step)["model"]
+    try:
+        state = store.load(found.run, found.step)["model"]
+    except Corrupt as e:
+        good = store.whole(found.run)
+        raise ValueError(f"{e}\n" + (f"the newest that is whole: {store.folder}/{found.run}@{max(good)}" if good else "no checkpoint of this run is whole")) from None
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
