@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'load_measure', 'measure_name', 'canonical', 'sources', 'code_version', 'device_kind', 'cell_identity',
-           'Kept', 'checked', 'one_thread', 'tiny_is_zero', 'seed_globals', 'run_cell']
+           'Kept', 'checked', 'threads', 'one_thread', 'tiny_is_zero', 'seed_globals', 'run_cell']
 
 # %% ../nbs/71_cells.ipynb #0003
 import hashlib
@@ -158,18 +158,22 @@ def checked(metrics) -> dict[str, float]:
 
 # %% ../nbs/71_cells.ipynb #0029
 @contextmanager
-def one_thread():
-    "One thread for BLAS, OpenMP and torch."
+def threads(n: int):
+    "So many threads for BLAS, OpenMP and torch."
     import threadpoolctl
     import torch
 
-    threads = torch.get_num_threads()
-    with threadpoolctl.threadpool_limits(1):
+    before = torch.get_num_threads()
+    with threadpoolctl.threadpool_limits(n):
         try:
-            torch.set_num_threads(1)
+            torch.set_num_threads(n)
             yield
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
+
+def one_thread():
+    "One thread for BLAS, OpenMP and torch."
+    return threads(1)
 
 # %% ../nbs/71_cells.ipynb #0031
 @contextmanager

@@ -23,7 +23,7 @@ from .durable import write_durably
 from .knobs import walk
 from .parts import UnknownPart, parts
 from .run import Run, data_digest, replay, weights_digest
-from .store import Corrupt, Store, StoreError
+from .store import Store, StoreError
 from .tape import GROUPS, Recipe, load_session
 from .unattended import at_least_one, free_name, go_on, output_flags, resumed
 
@@ -89,9 +89,7 @@ def resume_command(argv) -> int:
     options = output_flags(p).parse_args(argv)
     options.resumed, options.replaced = True, []
     store = Store(options.store)
-    run = resumed(store, options.name, options.step)
-    if options.steps:
-        run.recipe.knobs["run"].steps = options.steps
+    run = resumed(store, options.name, options.step, options.steps)
     if run.index >= run.recipe["run.steps"]:
         print(f"{options.name!r} is at its end: give --steps to go on for longer")
         return 0

@@ -154,17 +154,15 @@ def gone_on(o: argparse.Namespace, store: Store) -> Run:
     "The run of the last checkpoint, to more steps if that is asked. Raises `ValueError` if flags say something else than the checkpoint."
     if o.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
-    run, p = resumed(store, o.name), flags()
+    run, p = resumed(store, o.name, steps=o.steps), flags()
     typed = {n for n, v in vars(o).items() if v != p.get_default(n)}
     asked = (typed | {*(PRESETS[o.preset] if "preset" in typed else ())}) - NOT_OF_THE_RECIPE
     asked |= {SETS[n] for n in asked if n in SETS}
     if asked:
         was, now = (r.to_dict()["knobs"] for r in (run.recipe, recipe_of(o)))
-        other = [f"{a.split('.')[1]}={was.get(a)!r}, not {v!r}" for a, v in now.items() if a in was and was[a] != v and a.split(".")[1] in asked]
+        other = [f"{a.split('.')[1]}={was[a]!r}, not {v!r}" for a, v in now.items() if a in was and was[a] != v and a.split(".")[1] in asked]
         if other or "disable_q_controller" in asked and run.recipe.names["optimizer"] != optimizer_of(o):
             raise ValueError(f"--resume: the run in {store.folder} was begun with other flags ({'; '.join(other[:3]) or 'another optimizer'}): give those again, or none of them")
-    if o.steps:
-        run.recipe.knobs["run"].steps = o.steps
     return run
 
 NOT_OF_THE_RECIPE = set("checkpoint_dir name resume overwrite save_every keep log session quiet no_pictures wandb tensorboard detect_anomaly num_workers steps epochs resumed replaced".split())

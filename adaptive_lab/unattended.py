@@ -133,13 +133,16 @@ def alone(store: Store, name: str):
     finally:
         lock.release()
 
-def resumed(store: Store, name: str, step: int | None = None) -> Run:
-    "The run as it was at a checkpoint, the last one if `step` is None. Raises what `Run.resume` raises; where one is damaged, it names the newest that is whole."
+def resumed(store: Store, name: str, step: int | None = None, steps: int | None = None) -> Run:
+    "The run as it was at a checkpoint, the last one if `step` is None, to be trained to `steps` in all if given. Raises what `Run.resume` raises; where one is damaged, it names the newest that is whole."
     try:
-        return Run.resume(store, name, step)
+        run = Run.resume(store, name, step)
     except Corrupt as e:
         good = store.whole(name)
         raise ValueError(f"{e}\n" + (f"the newest good one: adaptive-lab resume {where(store)}{name} --step {max(good)}" if good else "no checkpoint of this run is whole")) from None
+    if steps:
+        run.recipe.knobs["run"].steps = steps
+    return run
 
 # %% ../nbs/96_unattended.ipynb #0015
 def free_name(store: Store, name: str, overwrite: bool) -> list[int]:

@@ -20,6 +20,7 @@ from ..bytropix.generation import continued
 from ..bytropix.model import ByteModel
 from ..bytropix.patching import EntropyTable
 from ..bytropix.stepper import Stepper, unfit
+from ..cells import one_thread
 from ..controller.model import AdaptiveTransformer
 from ..data.text import stdlib_bytes
 from ..sampling import Sampling, stream
@@ -131,13 +132,10 @@ def bench(quick: bool = False) -> Report:
     "All figures; `quick` takes fewer seeds, and leaves out the published size."
     text, line = stdlib_bytes(300_000 if quick else 2_000_000), stdlib_bytes(100_000, validation=True)
     seed, seeds, length = bytes(line[5000:5230]), 3 if quick else 7, 300 if quick else 600
-    threads, _ = torch.get_num_threads(), torch.set_num_threads(1)
-    try:
+    with one_thread():
         model = byte_model(text, **MILLION)
         figures = compared(model, seed, seeds, length, "byte model", 2000)
         figures += [] if unfit(model) else parts(model, bytes(line[5000:5300]), 5 if quick else 21)
         if not quick:
             figures += compared(byte_model(text), seed, 3, length, "byte model of the published size", None)[:2]
-    finally:
-        torch.set_num_threads(threads)
     return Report("generation", figures)

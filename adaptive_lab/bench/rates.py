@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from .figures import Figure, Report, in_turn
 from .tuned import Contest, chosen, grid, settings
-from .workloads import WORKLOADS, at_hand, measure
+from .workloads import WORKLOADS, at_hand
 from ..cells import one_thread
 from ..evidence import Comparison, compare
 from ..peers.rates import rival

@@ -8,6 +8,7 @@ __all__ = ['layers_of', 'norms_of', 'Reading', 'GradientMonitor', 'observe', 'wa
 # %% ../../nbs/25_hakmem.monitor.ipynb #0004
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ def norms_of(tensors: list[Tensor | None]) -> list[float]:
     there = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
     if not there:
         return [0.0] * len(tensors)
-    norms = [n.to(there[0].device, torch.float64) for n in torch._foreach_norm([torch.view_as_real(t) if t.is_complex() else t for t in there])]
-    read = iter(torch.stack(norms).tolist())
+    norms = torch._foreach_norm([torch.view_as_real(t) if t.is_complex() else t for t in there])
+    kind = reduce(torch.promote_types, (n.dtype for n in norms), torch.float32)
+    read = iter(torch.stack([n.to(there[0].device, kind) for n in norms]).tolist())
     return [0.0 if t is None else next(read) for t in tensors]
 
 # %% ../../nbs/25_hakmem.monitor.ipynb #0010

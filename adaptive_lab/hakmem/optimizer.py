@@ -19,6 +19,7 @@ from .controller import Controller
 from .kernel import Rows, fits, kernel
 from .lists import Item, Move, Rule, alignment, average, step_list, typical_size
 from ..knobs import Knobs, knob, knobs_from, walk
+from .monitor import norms_of
 from ..native import announce
 from ..parts import part
 
@@ -151,13 +152,6 @@ def _native(self, params: list[Tensor]) -> Rows | None:
 HAKMEMEnhancedSGD._items, HAKMEMEnhancedSGD._native = _items, _native
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0017
-def _norm(items: list[Item]) -> float:
-    "The norm of the whole gradient; waits for the device once."
-    norms = torch._foreach_norm([i.g for i in items])
-    kind = torch.promote_types(norms[0].dtype, torch.float32)
-    return math.hypot(*torch.stack([n.to(norms[0].device, kind) for n in norms]).tolist())
-
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0018
 @torch.no_grad()
 def step(self, closure=None):
     "One update of all parameters that have a gradient; skipped and counted when the gradient is not finite."
@@ -174,7 +168,7 @@ def step(self, closure=None):
 
 HAKMEMEnhancedSGD.step = step
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0019
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0018
 def _step(self, work: list[tuple[HAKMEM, list[Tensor]]]):
     "The step of (knobs, parameters) of every group."
     c, lead = self.controller, work[0][0]
@@ -183,7 +177,7 @@ def _step(self, work: list[tuple[HAKMEM, list[Tensor]]]):
     self.state.update({p: begun(p, lead.momentum) for p in fresh})
     rows = self._native(params)
     items = None if rows else self._items(params)
-    norm = rows.norm() if rows else _norm(items)
+    norm = rows.norm() if rows else math.hypot(*norms_of([i.g for i in items]))
     if not math.isfinite(norm):
         return self._skip(fresh)
     base = max(knobs.learning_rate for knobs, _ in work)
@@ -201,7 +195,7 @@ def _step(self, work: list[tuple[HAKMEM, list[Tensor]]]):
 
 HAKMEMEnhancedSGD._step = _step
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0020
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0019
 def _skip(self, fresh: list[Tensor]):
     "Make no step, and forget the states that were begun for it."
     self._rows = None
@@ -212,7 +206,7 @@ def _skip(self, fresh: list[Tensor]):
 
 HAKMEMEnhancedSGD._skip = _skip
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0022
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0021
 def set_current_loss(self, loss):
     "Tell the loss of the coming step; with several batches in a step, of each."
     value = loss
@@ -225,7 +219,7 @@ def set_current_loss(self, loss):
 
 HAKMEMEnhancedSGD.set_current_loss = set_current_loss
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0023
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0022
 def _gather(self) -> tuple[list[float], list[float]]:
     "Alignments and losses that were not read yet, as numbers."
     sums, losses = self._sums, _numbers(self._told)
@@ -255,7 +249,7 @@ def _agreed(self, losses: list[float]) -> list[float]:
 
 HAKMEMEnhancedSGD._agreed = _agreed
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0028
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0027
 @torch.no_grad()
 def _swap(self, averaged: bool):
     "Put the averages into the parameters, or what was there before."
@@ -284,7 +278,7 @@ HAKMEMEnhancedSGD._swap, HAKMEMEnhancedSGD.slow_weights = _swap, slow_weights
 HAKMEMEnhancedSGD.eval = lambda self: self._swap(True)
 HAKMEMEnhancedSGD.train = lambda self: self._swap(False)
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0031
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0030
 def state_dict(self) -> dict:
     "Everything the next step depends on. Raises `RuntimeError` while the parameters hold their averages."
     if self.swapped:
@@ -307,7 +301,7 @@ def load_state_dict(self, state_dict: dict):
 
 HAKMEMEnhancedSGD.state_dict, HAKMEMEnhancedSGD.load_state_dict = state_dict, load_state_dict
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0032
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0031
 def _pairs(saved: dict, groups: list[dict]) -> list[tuple[Tensor, dict]]:
     "Every parameter with its saved state. Raises `ValueError` or `KnobError` when they do not fit."
     counts = [[len(g["params"]) for g in gs] for gs in (saved["param_groups"], groups)]
@@ -325,7 +319,7 @@ def _pairs(saved: dict, groups: list[dict]) -> list[tuple[Tensor, dict]]:
             found += [(p, state)] if state else []
     return found
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0035
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0034
 def diagnostics(self) -> dict:
     "Rate and momentum in force, the last alignment, loss and reward, counts of decisions and skipped steps, and the path of the step."
     c, group = self.controller, self.param_groups[0]
@@ -341,7 +335,7 @@ def diagnostics(self) -> dict:
 HAKMEMEnhancedSGD.diagnostics = diagnostics
 HAKMEMEnhancedSGD.history = property(lambda self: self.controller.history, doc="A dict for each decision: step, rate, momentum_scale, state, action, push, alignment, loss, reward, epsilon.")
 
-# %% ../../nbs/29_hakmem.optimizer.ipynb #0040
+# %% ../../nbs/29_hakmem.optimizer.ipynb #0039
 @part("optimizer", "hakmem", HAKMEM)
 def hakmem(knobs: HAKMEM, model: nn.Module) -> HAKMEMEnhancedSGD:
     "HAKMEMEnhancedSGD on those parameters of `model` that learn."

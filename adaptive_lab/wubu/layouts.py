@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .hierarchy import Hierarchy, generations, weights
+from .hierarchy import Hierarchy, children_of, generations, weights
 
 # %% ../../nbs/52_wubu.layouts.ipynb #0006
 RIM, INNERMOST, FARTHEST = 25.0, 0.1, 28.0  # geodesic radii at c = 1
@@ -43,9 +43,7 @@ def shrunk(arcs: np.ndarray, by: float) -> np.ndarray:  # (k, 2)
 # %% ../../nbs/52_wubu.layouts.ipynb #0010
 def arcs_of(h: Hierarchy, rng: np.random.Generator) -> np.ndarray:  # (n, 2)
     "Each inner node's own arc, and for a leaf the one it shares with its siblings."
-    w, arcs, children = weights(h), np.zeros((h.n, 2)), [[] for _ in range(h.n + 1)]
-    for v, q in enumerate(h.parent):
-        children[q].append(v)
+    w, arcs, children = weights(h), np.zeros((h.n, 2)), children_of(h.parent)
     for v in [-1, *np.flatnonzero(h.inner)]:  # −1: above the roots
         inner = rng.permutation([k for k in children[v] if h.inner[k]]).astype(int)
         leaves, half = [k for k in children[v] if not h.inner[k]], len(inner) // 2
