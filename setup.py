@@ -39,6 +39,7 @@ setup(
             "dialects = adaptive_lab.data.dialects",
             "byte_model = adaptive_lab.bytropix.recipe",
             "hakmem = adaptive_lab.hakmem.optimizer",
+            "hakmem.rate = adaptive_lab.hakmem.rate",
             "optimizers = adaptive_lab.optimizers",
             "zoo = adaptive_lab.zoo",
             "plasticity = adaptive_lab.plasticity",

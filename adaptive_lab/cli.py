@@ -24,7 +24,7 @@ from .knobs import walk
 from .parts import UnknownPart, parts
 from .run import Run, data_digest, replay, weights_digest
 from .store import Store, StoreError
-from .tape import GROUPS, Recipe, load_session
+from .tape import Recipe, load_session
 from .unattended import at_least_one, free_name, go_on, output_flags, resumed
 
 # %% ../nbs/98_cli.ipynb #0005
@@ -36,6 +36,7 @@ def chooser() -> argparse.ArgumentParser:
     p.add_argument("--recipe", type=Path, metavar="FILE", help="begin with the recipe of a session file")
     for kind in CHOICES:
         p.add_argument(f"--{kind}", metavar="NAME", help=f"one of {', '.join(parts(kind))}")
+    p.add_argument("--mechanisms", metavar="NAME,...", help=f"what stands around the optimizer, of {', '.join(parts('mechanism'))}; '' for none")
     p.add_argument("--store", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of checkpoints (default: runs)")
     p.add_argument("--name", default=None, help="the run's name in the store (default: from its parts and seed)")
     p.add_argument("--overwrite", action="store_true", help="replace a run of that name")
@@ -50,7 +51,7 @@ def flags_of(recipe: Recipe) -> type:
         value = lambda name: field(default_factory=lambda: getattr(recipe.knobs[g], name))
         return make_dataclass(g, [(n, Annotated[f.annotation, arg(help=f.description)], value(n)) for n, f in recipe.declared[g].model_fields.items()])
 
-    return make_dataclass("Train", [(g, kind, field(default_factory=kind)) for g, kind in ((g, group(g)) for g in GROUPS)])
+    return make_dataclass("Train", [(g, kind, field(default_factory=kind)) for g, kind in ((g, group(g)) for g in recipe.declared)])
 
 def recipe_from_flags(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     "The options and the recipe that the flags of `train` describe. Raises `KnobError` and what `Recipe` raises."
@@ -58,23 +59,26 @@ def recipe_from_flags(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
 
     chosen, rest = chooser().parse_known_args(argv)
     given = {kind: getattr(chosen, kind) for kind in CHOICES}
+    around = None if chosen.mechanisms is None else [m for m in chosen.mechanisms.split(",") if m]
     if chosen.recipe:
         old = load_session(chosen.recipe).recipe
-        kept = {a: v for a, v in old.to_dict()["knobs"].items() if given.get(a.split(".")[0]) in (None, old.names.get(a.split(".")[0]))}
-        base = Recipe(*(given[k] or old.names[k] for k in CHOICES), kept)
+        names, around = {k: given[k] or old.names[k] for k in CHOICES}, old.mechanisms if around is None else around
+        stay = {"run", "training", *(k for k in CHOICES if names[k] == old.names[k]), *set(around) & set(old.mechanisms)}
+        kept = {a: v for a, v in old.to_dict()["knobs"].items() if a.split(".")[0] in stay}
+        base = Recipe(*names.values(), kept, around)
     else:
-        base, kept = Recipe(*(given[k] or CHOICES[k] for k in CHOICES)), {}
+        base, kept = Recipe(*(given[k] or CHOICES[k] for k in CHOICES), mechanisms=around or ()), {}
     about = "Train, with a checkpoint now and then; Ctrl-C saves and says how to go on.\n\n" + chooser().format_help().replace("usage: ", "Besides the knobs: ")
     groups = tyro.cli(flags_of(base), args=rest, prog="adaptive-lab train", description=about)
     typed = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in rest if a.startswith("--")}
-    flat = {f"{g}.{n}": v for g in GROUPS for n, v in vars(getattr(groups, g)).items()}
-    return chosen, Recipe(*(base.names[k] for k in CHOICES), kept | {a: v for a, v in flat.items() if a in typed or v != base[a]})
+    flat = {f"{g}.{n}": v for g in base.declared for n, v in vars(getattr(groups, g)).items()}
+    return chosen, Recipe(*base.names.values(), kept | {a: v for a, v in flat.items() if a in typed or v != base[a]}, base.mechanisms)
 
 # %% ../nbs/98_cli.ipynb #0009
 def train_command(argv) -> int:
     "adaptive-lab train"
     options, recipe = recipe_from_flags(argv)
-    name = options.name or "-".join([*recipe.names.values(), f"seed{recipe['run.seed']}"])
+    name = options.name or "-".join([*recipe.names.values(), *recipe.mechanisms, f"seed{recipe['run.seed']}"])
     store, options.resumed = Store(options.store), False
     options.replaced = free_name(store, name, options.overwrite)
     return go_on(Run(recipe), store, name, options)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'SOON', 'BATCH', 'PIECE', 'LENGTH', 'PROMPT', 'PAIRS', 'ROUNDS', 'KEPT', 'ACTS', 'loss_on', 'leave_one_out',
-           'whole', 'Passage', 'Size', 'open_heads', 'size_of', 'Watch', 'waiting', 'model', 'controller_of', 'note',
-           'gates', 'look', 'race', 'weigh', 'write', 'piece', 'pause']
+           'whole', 'Passage', 'Size', 'open_heads', 'size_of', 'Watch', 'waiting', 'model', 'controller_of',
+           'heads_group', 'note', 'gates', 'look', 'race', 'weigh', 'write', 'piece', 'pause']
 
 # %% ../nbs/84_gatewatch.ipynb #0003
 import copy
@@ -129,7 +129,16 @@ def model(self) -> AdaptiveTransformer:
 
 def controller_of(run: Run):
     "The controller in the run's optimizer, None where there is none or it is not built yet."
-    return getattr(run.__dict__.get("optimizer"), "controller", None)
+    if heads_group(run.recipe) is None:
+        return None
+    optimizer = run.__dict__.get("optimizer")
+    return getattr(getattr(optimizer, "mechanisms", {}).get("heads", optimizer), "controller", None)
+
+# %% ../nbs/84_gatewatch.ipynb #0016
+def heads_group(recipe) -> str | None:
+    "The group of the controller's knobs, None where there is no controller."
+    groups = [g for g, kind in recipe.declared.items() if "thumbs_up" in kind.model_fields]
+    return groups[0] if groups else None
 
 def note(self):
     "Keep the controller's new decisions."
@@ -143,7 +152,7 @@ def gates(self) -> dict:
 
 Watch.model, Watch.gates, Watch.note = property(model), gates, note
 
-# %% ../nbs/84_gatewatch.ipynb #0017
+# %% ../nbs/84_gatewatch.ipynb #0018
 def look(self, model: AdaptiveTransformer):
     "Measure the loss, and the sizes."
     if not self._windows:
@@ -170,7 +179,7 @@ def race(self, model: AdaptiveTransformer):
 
 Watch.look, Watch.race = look, race
 
-# %% ../nbs/84_gatewatch.ipynb #0019
+# %% ../nbs/84_gatewatch.ipynb #0020
 def weigh(self, model: AdaptiveTransformer):
     "Measure what closing some of the gates would cost, on one window; the next ones follow."
     if self._round_of != (now := (self.run.index, self._place)) and not self._queue:
@@ -188,7 +197,7 @@ def weigh(self, model: AdaptiveTransformer):
 
 Watch.weigh = weigh
 
-# %% ../nbs/84_gatewatch.ipynb #0021
+# %% ../nbs/84_gatewatch.ipynb #0022
 def _opening(self) -> bytes:
     "What the next text goes on from; one that is nothing but white space is passed over."
     for _ in self.x:
@@ -216,7 +225,7 @@ def write(self, model: AdaptiveTransformer):
 
 Watch._opening, Watch.write = _opening, write
 
-# %% ../nbs/84_gatewatch.ipynb #0023
+# %% ../nbs/84_gatewatch.ipynb #0024
 ACTS = dict(loss=look, costs=weigh, speed=race, text=write)
 
 def _wanted(self, what: str) -> bool:
@@ -245,7 +254,7 @@ def piece(self, run: Run | None = None) -> str:
             return what
     return ""
 
-# %% ../nbs/84_gatewatch.ipynb #0024
+# %% ../nbs/84_gatewatch.ipynb #0025
 def pause(self) -> float | None:
     "Seconds until the next piece is due, at least; None when there is nothing to do until something changes."
     running = self.live.state == "running"

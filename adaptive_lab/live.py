@@ -175,9 +175,9 @@ def reset(self, changes: dict | None = None, recipe: Recipe | None = None):
 
 def build(self, changes: dict | None = None, recipe: Recipe | None = None) -> Run:
     "The run that a reset would begin. Loading its data may take a while; the present run must be paused meanwhile."
-    names = self.run.recipe.names
+    now = self.run.recipe
     with self._busy:
-        return Run(recipe or Recipe(*(names[kind] for kind in ("data", "model", "optimizer")), {**self.settings(), **(changes or {})}))
+        return Run(recipe or Recipe(*now.names.values(), {**self.settings(), **(changes or {})}, now.mechanisms))
 
 def replace(self, run: Run):
     "Put the present run aside and begin another."

@@ -18,6 +18,7 @@ import torch
 from blake3 import blake3
 
 from . import __version__
+from .mechanisms import Composed
 from .store import Store
 from .tape import Change, Recipe, RecipeError, Session, Tape, check_change, checked_tape
 from .training import Step, cross_entropy, train
@@ -75,6 +76,13 @@ def _check_fit(model, data, names: dict):
     finally:
         model.train()
 
+def _composed(recipe: Recipe, model, needed: dict[str, dict]) -> torch.optim.Optimizer:
+    "The recipe's optimizer with its mechanisms around it, each given what it needs to know of the data."
+    build = lambda group, *more: recipe.parts[group].build(recipe.knobs[group], model, *more, **needed[group])
+    base = build("optimizer")
+    around = {name: build(name, base) for name in recipe.mechanisms}
+    return Composed(base, around) if around else base
+
 # %% ../nbs/16_run.ipynb #0013
 class Run:
     "A recipe's model, optimizer and data, its position, and what was measured on the way."
@@ -87,7 +95,7 @@ class Run:
             self.data = build["data"].build(self.knobs["data"], seed)
             self.model = build["model"].build(self.knobs["model"], self.data, seed)
             _check_fit(self.model, self.data, recipe.names)
-            self._needed = getattr(build["optimizer"].build, "needs", lambda *_: {})(self.knobs["optimizer"], self.data)
+            self._needed = {g: getattr(build[g].build, "needs", lambda *_: {})(self.knobs[g], self.data) for g in ("optimizer", *recipe.mechanisms)}
         accumulate = self.knobs["training"].accumulate
         self.boundaries = [-(-b // accumulate) for b in self.data.boundaries]  # steps made when a new task begins
         self.position: dict = {}  # of the last step; empty before the first
@@ -99,7 +107,7 @@ class Run:
     def optimizer(self) -> torch.optim.Optimizer:
         "Built when first asked for: the first optimizer of a process makes torch import its compiler, which takes a second."
         with seeded(step_seed(self.recipe["run.seed"], -2)):
-            return self.recipe.parts["optimizer"].build(self.recipe.knobs["optimizer"], self.model, **self._needed)
+            return _composed(self.recipe, self.model, self._needed)
 
     @property
     def index(self) -> int:
@@ -128,6 +136,8 @@ def _apply(self, changes: dict):
         if group == "optimizer":
             for g in self.optimizer.param_groups:
                 g[name] = value
+        if group in self.recipe.mechanisms:
+            self.optimizer.mechanisms[group].turn(name, value)
         if group == "model":  # a model part with a live knob has a `turn`
             self.recipe.parts["model"].build.turn(self.model, name, value, self.optimizer)
 

@@ -349,7 +349,7 @@ def test_every_knob_of_the_values_turns_while_the_training_runs():
         await panel.live.rest()
         group, k = panel.run.optimizer.param_groups[0], panel.run.optimizer.wrapper.knobs
         assert {n: group[n] for n in wanted if not same(group[n], wanted[n])} == {} and panel.live.error is None
-        assert all(same(getattr(k, n), wanted[n]) for n in wanted if n in type(k).model_fields) and same(panel.run.optimizer.phi.param_groups[0]["lr"], 0.03)
+        assert all(same(getattr(k, n), wanted[n]) for n in wanted if n in type(k).model_fields) and same(panel.run.optimizer.mechanisms["values"].phi.param_groups[0]["lr"], 0.03)
 
     asyncio.run(main())
 
@@ -364,7 +364,7 @@ def test_another_granularity_comes_with_a_reset_and_its_pictures():
     shown = {view: p.svg for p, view in panel.extra}
     assert "φ of 64 features" in shown[phi_view] and "mean of the batch" in shown[holders_view] and "most valued features" in shown[places_view]
     panel.controls["data.source"].value = "digits"
-    other = TrainingPanel(Recipe("split_digits", "mlp", "vwpr", {"optimizer.granularity": "unit", "run.threads": 1}))
+    other = TrainingPanel(Recipe("dialect", "adaptive_transformer", "vwpr", {"optimizer.granularity": "unit", "run.threads": 1, "data.limit": 20_000}))
     other.run.advance(3)
     other.controls["optimizer.granularity"].value = "sample"
     other.reset()

@@ -100,13 +100,16 @@ def test_what_is_built_asks_for_a_reset():
 
 
 def test_streams_without_numbers_are_refused_at_once_and_others_are_not():
-    more = {"data.steps_per_task": 10}
-    with pytest.raises(RecipeError, match="samples are numbered.*TaskStream.*another granularity"):
-        Run(recipe("feature+sample", "split_digits", **more))
-    live = Live(recipe("unit", "split_digits", **more))
+    short = {"run.steps": 30, "run.eval_every": 30, "data.limit": 20_000, "model.num_layers": 1, "model.dim": 16}
+    text = lambda granularity: Recipe("dialect", "adaptive_transformer", "vwpr", short | {"optimizer.granularity": granularity})
+    with pytest.raises(RecipeError, match="samples are numbered.*Windows.*another granularity"):
+        Run(text("output+sample"))
+    live = Live(text("unit"))
     with pytest.raises(RecipeError, match="rows"):
         live.reset({"optimizer.granularity": "sample"})
     assert live.run.optimizer.wrapper.weights == "unit" and len(live.run.advance().losses) == 30
+    tasks = Run(recipe("sample", "split_digits", **{"data.steps_per_task": 10})).advance()
+    assert len(phi(tasks)) == len(tasks.data.train.y) and (phi(tasks) != 1).any()
 
 
 def test_rows_are_those_of_the_batches():
@@ -170,7 +173,7 @@ def test_a_second_optimizer_of_a_model_replaces_the_hooks_of_the_first(granulari
     many = len(hooks(run.model))
     copied = copy.deepcopy(run.model)  # hooks are copied with it
     for model in (run.model, copied):
-        ValuedAdam(run.knobs["optimizer"], model, **run._needed)
+        ValuedAdam(run.knobs["optimizer"], model, **run._needed["optimizer"])
         assert len(hooks(model)) == many
         ValuedAdam(VWPRAdam(granularity="tensor"), model)
         assert not hooks(model)
@@ -180,11 +183,12 @@ def test_a_state_that_does_not_fit_changes_nothing():
     run, other = Run(recipe()).advance(5), Run(recipe("unit")).advance(5)
     adam = Run(Recipe("noisy_digits", "mlp", "adam", {k: v for k, v in SHORT.items() if "alpha" not in k})).advance(5)
     before = copy.deepcopy(run.optimizer.state_dict())
-    for state, said in ((other.optimizer.state_dict(), "sample.raw.samples"), (adam.optimizer.state_dict(), "has no values")):
+    for state, said in ((other.optimizer.state_dict(), "sample.raw.samples"), (adam.optimizer.state_dict(), "and here are .'values'.")):
         with pytest.raises(ValueError, match=said):
             run.optimizer.load_state_dict(state)
     after = run.optimizer.state_dict()
-    assert torch.equal(after["values"]["sample.raw.samples"], before["values"]["sample.raw.samples"]) and after["record"] == before["record"]
+    mine, theirs = after["mechanisms"]["values"], before["mechanisms"]["values"]
+    assert torch.equal(mine["values"]["sample.raw.samples"], theirs["values"]["sample.raw.samples"]) and mine["record"] == theirs["record"]
     assert all(torch.equal(after["state"][i]["exp_avg"], s["exp_avg"]) for i, s in before["state"].items())
 
 
@@ -194,7 +198,8 @@ def test_a_loaded_state_shares_no_tensor_with_its_source():
     kept = copy.deepcopy(b.optimizer.state_dict())
     a.advance()
     now = b.optimizer.state_dict()
-    assert torch.equal(now["values"]["sample.raw.samples"], kept["values"]["sample.raw.samples"]) and now["record"] == kept["record"]
+    mine, theirs = now["mechanisms"]["values"], kept["mechanisms"]["values"]
+    assert torch.equal(mine["values"]["sample.raw.samples"], theirs["values"]["sample.raw.samples"]) and mine["record"] == theirs["record"]
     assert all(torch.equal(now["state"][i][k], v) for i, s in kept["state"].items() for k, v in s.items())
 
 
@@ -229,7 +234,7 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_next_step(granularity
 def test_the_record_stays_small_and_ends_with_the_present():
     optimizer = ValuedAdam(VWPRAdam(granularity="tensor"), perceptron([4, 3, 2]))
     for optimizer.wrapper.steps in range(1, 20_001):
-        optimizer._record()
+        optimizer.mechanisms["values"]._record()
     h = optimizer.history
     assert LINES / 2 <= len(h) <= LINES and h.steps[0] == 0 and h.steps[-1] > 20_000 - h.stride and set(h.rows[0]) == set(h.rows[-1])
 
@@ -238,6 +243,6 @@ def test_the_bounds_of_a_picture_are_the_bounds_of_a_step():
     "What a histogram shows for waiting knobs is what the next step makes, but for the step itself."
     for granularity in ("unit", "feature", "output"):
         run = Run(recipe(granularity, **{"optimizer.normalize_phi": False})).advance(20)
-        seen = phi_at(sample_phi(run.optimizer, 10**6), True, 1.1)
+        seen = phi_at(sample_phi(run.optimizer.mechanisms["values"], 10**6), True, 1.1)
         run.change({"optimizer.normalize_phi": True, "optimizer.phi_clip_value": 1.1, "optimizer.alpha": 0.0})
         assert torch.allclose(seen, phi(run.advance(21)), atol=2e-6), granularity

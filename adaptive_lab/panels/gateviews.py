@@ -14,7 +14,7 @@ import numpy as np
 
 from ..draw import curves, thin
 from ..gatepictures import Mark, decision_mark, front_picture, timeline
-from ..gatewatch import Passage, Watch, controller_of
+from ..gatewatch import Passage, Watch, controller_of, heads_group
 from ..pareto import pareto_front
 
 # %% ../../nbs/89_panels.gateviews.ipynb #0005
@@ -37,7 +37,7 @@ def timeline_view(watch: Watch, **size):
     "The controller's decisions and what a person did, and what it was worth."
     watch.note()
     marks = sorted([*map(decision_mark, watch.decisions), *hand_marks(watch.run.tape)], key=lambda m: m.step)
-    return timeline(marks, watch.run.index, "decisions and their rewards" if hasattr(watch.run.knobs["optimizer"], "thumbs_up") else "changes by hand", **size)
+    return timeline(marks, watch.run.index, "decisions and their rewards" if heads_group(watch.run.recipe) else "changes by hand", **size)
 
 # %% ../../nbs/89_panels.gateviews.ipynb #0008
 def losses_view(watch: Watch, **size):

@@ -109,7 +109,7 @@ def _lay_out(self, live, fixed):
     export = w.HBox([self.page_name, self._button("Export page", "write the snapshots as one HTML file that needs nothing else", self.export)])
     right = w.VBox([*shown, at_reset, export, self._make_export()], layout=dict(flex="1 1 300px", max_width="430px"))
     self.bits = Picture()
-    left = w.VBox([self.view, w.Box(self.disks, layout=WRAP), w.Box([self.loss, self.bits], layout=WRAP)], layout=dict(flex="3 1 700px"))
+    left = w.VBox([self.view, w.Box(self.disks, layout=WRAP), w.Box([self.loss, self.bits], layout=WRAP), w.Box([p for p, _ in self.extra], layout=WRAP)], layout=dict(flex="3 1 700px"))
     self.root = w.VBox([w.Box([*self.buttons.values(), self.n, self.pace], layout=WRAP), self.status, w.Box([left, right], layout=WRAP)])
     self.root.add_class("al-panel")
 
@@ -237,6 +237,7 @@ def draw(self, leave=frozenset()):
     self._show_spheres()
     if self.scene is not None and (not leave or not self.loss.svg or self.live.state != "running"):
         self.loss.svg, self.bits.svg, levels = loss_view(self.live, 450), self._held_out(), self._moment().levels
+        self.draw_extra(leave)
         self._next += 1  # while it runs one disk at a time, so that the spheres go on smoothly
         for i in [self._next % len(levels)] if self.live.state == "running" and self.disks[-1].svg else range(len(levels)):
             self.disks[i].svg = disk_svg(levels[i], f"level {i}", LEVEL_COLORS[i % len(LEVEL_COLORS)], self.scene.axes[i], 260, labels=0)

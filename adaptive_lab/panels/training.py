@@ -80,8 +80,10 @@ def _button(self, text, tip, act, icon=""):
 # %% ../../nbs/90_panels.training.ipynb #0011
 def _make_controls(self):
     "One control a knob, by address, where one can show it; sets `controls` (address -> widget) and returns the live ones and the others."
-    self.controls, self.declared, live, fixed = {}, {}, [], []
-    for group in ("optimizer", "training", "run", "data", "model"):
+    self.controls, self.declared, live, fixed, around = {}, {}, [], [], self.run.recipe.mechanisms
+    for group in ("optimizer", *around, "training", "run", "data", "model"):
+        if around and group in ("optimizer", "training", *around):  # a title where several have knobs
+            live.append(w.HTML(f"<b>{escape(self.run.recipe.names.get(group, group if group in around else 'run and model'))}</b>"))
         for k in walk(self.run.recipe.declared[group]):
             try:
                 made = control(k, getattr(self.run.knobs[group], k.name))
@@ -106,7 +108,7 @@ def _build(self):
     self._make_pace()
     self.status, self.advice = w.HTML(), w.HTML()
     self.accuracy, self.loss = Picture(), Picture()
-    self.extra = [(Picture(), view) for view in VIEWS.get(self.run.recipe.names["optimizer"], ())]
+    self.extra = [(Picture(), view) for part in (self.run.recipe.names["optimizer"], *self.run.recipe.mechanisms) for view in VIEWS.get(part, ())]
     self._lay_out(*self._make_controls())
     self.accuracy.svg, self.loss.svg = accuracy_view(self.live), loss_view(self.live)
     self._say("".join(f"an earlier training was paused at step {p.run.index}: `panel.earlier[{i}]` shows it" for i, p in enumerate(self.earlier)))
@@ -266,11 +268,16 @@ def _say(self, text: str = ""):
     text = self._message or (f"{type(live.error).__name__}: {live.error}" if live.error else "")
     self.status.value = " · ".join(parts) + (f'<br><span role="alert" style="color:#d55e00">{escape(text)}</span>' if text else "")
 
-def draw(self, leave=frozenset()):
-    "Renew every picture, but for the views to leave as they are, and the status line."
-    for p, view in (*self.extra, (self.accuracy, accuracy_view), (self.loss, loss_view)):  # what sliders change first
+def draw_extra(self, leave=frozenset()):
+    "Renew the pictures of the mechanisms, but for the views to leave as they are."
+    for p, view in self.extra:
         if view not in leave or not p.svg:
             p.svg = view(self.live)
+
+def draw(self, leave=frozenset()):
+    "Renew every picture, but for the views to leave as they are, and the status line."
+    self.draw_extra(leave)  # what sliders change first
+    self.accuracy.svg, self.loss.svg = accuracy_view(self.live), loss_view(self.live)
     if advise := ADVICE.get(self.run.recipe.names["optimizer"]):
         self.advice.value = advice_html(advise(self.live))
     self._say()
@@ -330,5 +337,5 @@ def _ipython_display_(self):
 
 # %% ../../nbs/90_panels.training.ipynb #0026
 for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _do, start, pause, step, stop, _fixed, reset, _rebuild, _enable, save, show_code,
-          _say, draw, _draw_soon, _draw_now, _follow, _keep, _pictures, _ipython_display_):
+          _say, draw_extra, draw, _draw_soon, _draw_now, _follow, _keep, _pictures, _ipython_display_):
     setattr(TrainingPanel, f.__name__, f)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'SELDOM', 'LEAST', 'MOST', 'ACROSS', 'VIEWS', 'BY_STEP', 'ADVICE', 'turned', 'loss_view', 'accuracy_view',
-           'optimizer_knobs', 'gate_sample', 'gates', 'gates_view', 'layers_view', 'spared', 'gate_blocks', 'heat_view',
-           'picture_shape', 'grey_picture', 'batch_picture', 'input_eligibility', 'eligibility_view', 'value_sample',
-           'phi_view', 'history_lines', 'course_view', 'ranked', 'value_holders', 'holders_view', 'extreme_samples',
-           'samples_picture', 'value_places', 'places_view', 'plasticity_advice', 'advice_html']
+           'knobs_now', 'gate_sample', 'gates', 'gates_view', 'layers_view', 'spared', 'gate_blocks', 'heat_view',
+           'picture_shape', 'grey_picture', 'batch_picture', 'input_eligibility', 'eligibility_view', 'values_of',
+           'value_sample', 'phi_view', 'history_lines', 'course_view', 'ranked', 'value_holders', 'holders_view',
+           'extreme_samples', 'samples_picture', 'value_places', 'places_view', 'rate_history', 'rate_view',
+           'alignment_view', 'plasticity_advice', 'advice_html']
 
 # %% ../../nbs/89_panels.views.ipynb #0003
 import base64
+import math
 from html import escape
 from math import isqrt, prod
 from weakref import WeakKeyDictionary
@@ -47,9 +49,10 @@ def accuracy_view(live: Live, width: int = 600):
     return curves(series, "accuracy on held-out data", xlim=(0, max(50, live.run.index)), ylim=(0.0, 1.0), marks=turned(live), width=width)
 
 # %% ../../nbs/89_panels.views.ipynb #0009
-def optimizer_knobs(live: Live) -> dict:
-    "The optimizer's knobs by name, those that wait for the next step as if they held."
-    return {address.split(".")[1]: v for address, v in live.settings().items() if address.startswith("optimizer.")}
+def knobs_now(live: Live, mechanism: str = "") -> dict:
+    "The knobs of a mechanism (of the optimizer, where it is none of the recipe's) by name, those that wait for the next step as if they held."
+    group = mechanism if mechanism in live.run.recipe.mechanisms else "optimizer"
+    return {address.split(".")[1]: v for address, v in live.settings().items() if address.startswith(f"{group}.")}
 
 def gate_sample(run) -> dict:
     "What the optimizer knows of a few thousand weights: normalised eligibility and gradient, and their tensor."
@@ -60,7 +63,7 @@ def gates(live: Live):
     sample = live.look(gate_sample)
     if sample is None or not len(sample["e_hat"]):
         return None
-    now = optimizer_knobs(live)
+    now = knobs_now(live)
     percentile = now["threshold_percentile"] if now["adaptive_threshold"] else None
     return sample, gates_from_sample(sample, now["plasticity_k"], percentile, now["floor"])
 
@@ -158,14 +161,18 @@ def eligibility_view(live: Live):
     return overlay(e, grey, f"eligibility of the inputs after step {step}", ("mean of the batch", "eligibility on it"), "mean of units")
 
 # %% ../../nbs/89_panels.views.ipynb #0024
+def values_of(run):
+    "The values in the run's optimizer."
+    return run.optimizer.mechanisms["values"]
+
 @spared
 def value_sample(run) -> dict:
     "What the optimizer tells of its values: of each kind some thousands, their mean and their number."
-    return sample_phi(run.optimizer)
+    return sample_phi(values_of(run))
 
 def phi_view(live: Live):
     "Histogram of the values within the bounds that the knobs ask for, or will from the next step on."
-    sample, k = live.look(value_sample), optimizer_knobs(live)
+    sample, k = live.look(value_sample), knobs_now(live, "values")
     if sample is None:
         return histogram([], "φ is not known yet", xlabel="φ")
     phi = phi_at(sample, k["normalize_phi"], k["phi_clip_value"])
@@ -178,7 +185,7 @@ def phi_view(live: Live):
 # %% ../../nbs/89_panels.views.ipynb #0025
 def history_lines(run) -> tuple[list[int], list[dict]]:
     "The optimizer's record of its values: steps, and what is known at each by name."
-    return list(run.optimizer.history.steps), list(run.optimizer.history.rows)
+    return list(values_of(run).history.steps), list(values_of(run).history.rows)
 
 def course_view(live: Live):
     "Values over time: means by name (of many names those that moved the most), the least and the largest of all."
@@ -201,7 +208,7 @@ def ranked(values: dict[str, float], what: str):
 @torch.no_grad()
 def value_holders(run) -> tuple:
     "What holds value: its kind, and names with values or, for features, the values as a picture over another."
-    kinds = run.optimizer.wrapper.values
+    kinds = values_of(run).wrapper.values
     kind = next((k for k in kinds if k != "sample"), "sample")
     phi = {name: v.cpu() for name, v in kinds[kind].named(kinds[kind].phi).items()}
     if kind == "feature":
@@ -227,7 +234,7 @@ LEAST, MOST, ACROSS = 12, 6, 6  # samples shown, and in a row
 @torch.no_grad()
 def extreme_samples(run) -> list:
     "The least and then the most valued samples: grey picture, label and value of each."
-    stream, phi = run.data.train, run.optimizer.wrapper.values["sample"].phi.cpu()
+    stream, phi = run.data.train, values_of(run).wrapper.values["sample"].phi.cpu()
     order = phi.argsort(stable=True)
     rows = [*order[:LEAST].tolist(), *order[len(phi) - min(MOST, len(phi)) :].flip(0).tolist()]
     return [(grey_picture(stream.X[i], run.data.inputs), int(stream.y[i]), phi[i].item()) for i in rows]
@@ -252,7 +259,7 @@ def samples_picture(found: list, width: int = 300):
 @torch.no_grad()
 def value_places(run) -> tuple:
     "The kind, and what is drawn of it: heat maps of weights, bars of features or outputs."
-    kinds = run.optimizer.wrapper.values
+    kinds = values_of(run).wrapper.values
     kind = next(iter(kinds))
     if kind == "output":
         return kind, {f"output {i}": p for i, p in enumerate(kinds[kind].asked.tolist()[:12])}
@@ -264,7 +271,7 @@ def value_places(run) -> tuple:
 
 def places_view(live: Live):
     "The least and most valued samples; without them heat maps of weights, the most valued features, or how often outputs are asked for."
-    if "sample" in optimizer_knobs(live)["granularity"]:
+    if "sample" in knobs_now(live, "values")["granularity"]:
         return samples_picture(live.look(extreme_samples) or [])
     kind, found = live.look(value_places) or ("output", {})
     if kind == "output":
@@ -276,9 +283,29 @@ def places_view(live: Live):
     return heatmaps(maps, "φ of each layer", 0.0, top or 1.0, "φ", sizes)
 
 # %% ../../nbs/89_panels.views.ipynb #0038
+def rate_history(run) -> list[dict]:
+    "The lines of the controller of the rate."
+    around = run.optimizer.mechanisms["rate"] if "rate" in run.recipe.mechanisms else run.optimizer
+    return list(around.controller.history)
+
+def rate_view(live: Live):
+    "The rate in force, by its power of ten."
+    rows = [row for row in live.look(rate_history) or [] if row["rate"] > 0]
+    now = f"rate: {rows[-1]['rate']:.2g}" if rows else "rate: no decision yet"
+    series = {"log10": ([r["step"] for r in rows], [math.log10(r["rate"]) for r in rows])}
+    return curves(series, f"{now} (curve: its power of ten)", xlim=(0, max(50, live.run.index)), marks=turned(live), width=300)
+
+def alignment_view(live: Live):
+    "What the controller goes by, and what its decisions were worth."
+    rows = live.look(rate_history) or []
+    known = {name: [r for r in rows if r[name] is not None] for name in ("alignment", "reward")}
+    series = {name: ([r["step"] for r in some], [r[name] for r in some]) for name, some in known.items()}
+    return curves(series, "alignment and reward", xlim=(0, max(50, live.run.index)), ylim=(-1, 1), marks=turned(live), width=300)
+
+# %% ../../nbs/89_panels.views.ipynb #0041
 def plasticity_advice(live: Live) -> list[str]:
     "Sentences about what is wrong with the run and what to try; none when it is well."
-    knobs = live.run.recipe.declared["optimizer"](**optimizer_knobs(live))
+    knobs = live.run.recipe.declared["optimizer"](**knobs_now(live))
     history = History.of(live.run, failed=isinstance(live.error, NonFiniteLoss))
     return [str(symptom) for symptom in diagnose(history, knobs)]
 
@@ -288,10 +315,12 @@ def advice_html(sentences: list[str]) -> str:
     style = "line-height:1.35;border-left:3px solid #d55e00;margin:2px 8px 6px"
     return f'<div class="al-advice" role="note" aria-label="diagnosis" style="{style}">{items}</div>' if items else ""
 
-# %% ../../nbs/89_panels.views.ipynb #0041
+# %% ../../nbs/89_panels.views.ipynb #0044
 VIEWS = {  # pictures beside loss and accuracy
     "plasticity": (gates_view, layers_view, heat_view, eligibility_view),
     "vwpr": (phi_view, holders_view, course_view, places_view),
+    "hakmem": (rate_view, alignment_view),
 }
-BY_STEP = {heat_view, eligibility_view, holders_view, course_view, places_view}  # those that change with a step only
+VIEWS |= {"values": VIEWS["vwpr"], "rate": VIEWS["hakmem"]}
+BY_STEP = {heat_view, eligibility_view, holders_view, course_view, places_view, rate_view, alignment_view}  # those that change with a step only
 ADVICE = {"plasticity": plasticity_advice}  # sentences; empty where nothing is wrong
