@@ -6,6 +6,7 @@
 __all__ = ['HEADINGS', 'COLOURS', 'FORMAT', 'Cell', 'Row', 'Comparison', 'compare']
 
 # %% ../nbs/73_evidence.ipynb #0003
+import itertools
 import difflib
 import json
 import math
@@ -274,10 +275,15 @@ Comparison.to_json, Comparison.from_json = _to_json, classmethod(_from_json)
 
 # %% ../nbs/73_evidence.ipynb #0034
 @contextmanager
-def _bar(total: int, done: int, show: bool):
-    "A progress bar; gives its `update`."
+def _bar(total: int, done: int, show):
+    "A progress bar, or `show(done, total)`; gives its `update`."
     from tqdm.auto import tqdm
 
+    if callable(show):
+        show(done, total)
+        counted = itertools.count(done + 1)
+        yield lambda: show(next(counted), total)
+        return
     show = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     stop, bar = threading.Event(), tqdm(total=total, initial=done, unit="cell", delay=2, disable=not show)
 
@@ -293,7 +299,7 @@ def _bar(total: int, done: int, show: bool):
         bar.close()
 
 # %% ../nbs/73_evidence.ipynb #0037
-def _run_missing(cells: dict, outcomes: dict, kept: Kept, workers, progress: bool):
+def _run_missing(cells: dict, outcomes: dict, kept: Kept, workers, progress):
     "Run the cells (key → identity) that have no outcome yet; put each outcome into `outcomes`, and keep it, at once."
     todo = [key for key in cells if key not in outcomes]
     asked = [tuple(cells[key][name] for name in ("measure", "recipe", "seed", "code")) for key in todo]
@@ -328,7 +334,7 @@ def compare(
     cache=None,  # folder of finished cells; None: the user's cache folder; False: keep nothing (for measures of time)
     jobs: int = -1,  # worker processes; -1: one a core
     scheduler=None,  # a Dask scheduler's address, or a distributed.Client; then `jobs` is not used
-    progress: bool = True,  # show a bar
+    progress=True,  # show a bar; a function: it is called with the number of cells that are done and of all
 ) -> Comparison:
     "Run every arm with every seed and compare them in pairs. Raises `ValueError` on bad input; failed cells are reported."
     from joblib import effective_n_jobs

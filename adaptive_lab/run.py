@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['step_seed', 'seeded', 'evaluate', 'Run', 'state_digest', 'weights_digest', 'data_digest', 'replay', 'saved',
-           'measure']
+           'measure', 'measured']
 
 # %% ../nbs/16_run.ipynb #0003
 import threading
@@ -295,6 +295,10 @@ def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]
 # %% ../nbs/16_run.ipynb #0041
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "Run a recipe (plain data) to its end with that seed: last loss, accuracies, and `forgetting` when there are tasks."
+    return measured(recipe, seed)[1]
+
+def measured(recipe: dict, seed: int) -> tuple[Run, dict[str, float]]:
+    "The run, too."
     recipe = Recipe.from_dict(recipe)
     recipe.knobs["run"].seed = seed
     run = Run(recipe).advance()
@@ -303,4 +307,4 @@ def measure(recipe: dict, seed: int) -> dict[str, float]:
         keys = [f"accuracy/{name}" for name in run.data.tests]
         best = {k: max(e[k] for e in run.evaluations) for k in keys}
         last["forgetting"] = sum(best[k] - last[k] for k in keys[:-1]) / max(1, len(keys) - 1)
-    return {k: v for k, v in last.items() if k != "step"}
+    return run, {k: v for k, v in last.items() if k != "step"}

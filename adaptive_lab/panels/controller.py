@@ -18,7 +18,7 @@ from ..knobs import KnobError
 from .gategrid import GateGrid, rows_of
 from .gateviews import bars_of, facts_html, front_view, losses_view, notes_of, passages_html, timeline_view
 from .picture import Picture
-from .training import WRAP, TrainingPanel
+from .training import WRAP, TrainingPanel, recipe_of
 from ..sampling import Sampling
 
 # %% ../../nbs/91_panels.controller.ipynb #0005
@@ -64,15 +64,16 @@ class ControllerPanel(TrainingPanel):
         self,
         recipe,  # with the model "adaptive_transformer"; with the mechanism "heads" or the optimizer "controlled_adam" a controller acts as well
         pace: float | None = None,  # at most so many steps a second
+        **how,  # tape, drive: see `Live`
     ):
-        if recipe.names["model"] != "adaptive_transformer":
-            raise ValueError(f"model {recipe.names['model']!r} has no gates to show: take 'adaptive_transformer', or a TrainingPanel for this recipe")
+        if (name := recipe_of(recipe).names["model"]) != "adaptive_transformer":
+            raise ValueError(f"model {name!r} has no gates to show: take 'adaptive_transformer', or a TrainingPanel for this recipe")
         self.how = Sampling(temperature=0.8)
         self._watch = self._company = self._reference = self._shown = None  # _shown: the gates the grid has
         self._past, self._gesture = [], None  # (gates before, gates after) of each action, for undo; the last drag or click
         self._edit = (-1, "")  # the last edit that was asked for, and after how many steps
         self._wish, self._sending = {}, False  # what the page asks for; is an edit on its way?
-        TrainingPanel.__init__(self, recipe, pace)
+        TrainingPanel.__init__(self, recipe, pace, **how)
 
     @property
     def watch(self) -> Watch:

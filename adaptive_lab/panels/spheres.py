@@ -19,7 +19,7 @@ from ..draw import curves
 from ..durable import write_durably
 from ..knobs import walk
 from .picture import STATIC, Picture
-from .training import SHARE, WRAP, TrainingPanel
+from .training import SHARE, WRAP, TrainingPanel, recipe_of
 from .views import loss_view
 from ..spherepictures import disk_svg, spheres_svg
 from ..spherewatch import joined, levels_of, measured
@@ -81,12 +81,14 @@ class SpheresPanel(TrainingPanel):
         self,
         recipe,  # its model has live knobs curvatures, scales and spreads
         pace: float | None = None,  # at most so many steps a second
+        **how,  # tape, drive: see `Live`
     ):
-        lacks = [a for a in KNOBS.values() if a.split(".")[1] not in [k.name for k in walk(recipe.declared["model"])]]
+        made = recipe_of(recipe)
+        lacks = [a for a in KNOBS.values() if a.split(".")[1] not in [k.name for k in walk(made.declared["model"])]]
         if lacks:
-            raise ValueError(f"model {recipe.names['model']!r} has no knobs {', '.join(lacks)}: take a model with WuBu levels, or a TrainingPanel for this recipe")
+            raise ValueError(f"model {made.names['model']!r} has no knobs {', '.join(lacks)}: take a model with WuBu levels, or a TrainingPanel for this recipe")
         self._of, self._task = None, None
-        TrainingPanel.__init__(self, recipe, pace)
+        TrainingPanel.__init__(self, recipe, pace, **how)
 
     def _fresh(self):
         "Forget what was seen of another run."
