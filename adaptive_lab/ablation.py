@@ -20,15 +20,16 @@ PLAIN = {  # optimizer -> what it is without its mechanism, and its knobs by the
 
 def without(recipe: Recipe, mechanism: str) -> Recipe:
     "The recipe without one of its mechanisms, or without what its optimizer is beyond a plain one. Raises `ValueError` if it has no such."
-    own, knobs = recipe.names["optimizer"], recipe.to_dict()["knobs"]
-    stay = {a: v for a, v in knobs.items() if a.split(".")[0] != mechanism}
+    own = recipe.names["optimizer"]
     if mechanism in recipe.mechanisms:
-        return Recipe(*recipe.names.values(), stay, [m for m in recipe.mechanisms if m != mechanism])
+        return recipe.but([m for m in recipe.mechanisms if m != mechanism])
     if mechanism != own or own not in PLAIN:
         raise ValueError(f"mechanism={mechanism!r} is not in this recipe: it has {', '.join(parts_of(recipe)) or 'none'}")
     plain, kept = PLAIN[own]
-    optimizer = {f"optimizer.{new}": knobs[f"optimizer.{old}"] for old, new in kept.items()}
-    return Recipe(recipe.names["data"], recipe.names["model"], plain, {a: v for a, v in stay.items() if not a.startswith("optimizer.")} | optimizer, recipe.mechanisms)
+    found = recipe.but(optimizer=plain)
+    for old, new in kept.items():
+        setattr(found.knobs["optimizer"], new, recipe[f"optimizer.{old}"])
+    return found
 
 def parts_of(recipe: Recipe) -> list[str]:
     "What can be left out."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'COMMANDS', 'EXPECTED', 'chooser', 'flags_of', 'recipe_from_flags', 'train_command', 'resume_command',
-           'replay_command', 'benches', 'bench_command', 'doctor_command', 'lab_command', 'epsilon_command',
-           'bytes_command', 'generate_command', 'main']
+           'replay_command', 'read_sessions', 'benches', 'bench_command', 'doctor_command', 'lab_command',
+           'epsilon_command', 'bytes_command', 'generate_command', 'main']
 
 # %% ../nbs/98_cli.ipynb #0003
 import argparse
@@ -19,12 +19,13 @@ from pkgutil import iter_modules
 from typing import Annotated
 
 from . import __version__
+from .branches import sessions_from_dict
 from .durable import write_durably
 from .knobs import walk
 from .parts import UnknownPart, parts
 from .run import Run, data_digest, replay, weights_digest
 from .store import Store, StoreError
-from .tape import Recipe, load_session
+from .tape import Recipe, RecipeError, Session, load_session
 from .unattended import at_least_one, free_name, go_on, output_flags, resumed
 
 # %% ../nbs/98_cli.ipynb #0005
@@ -62,10 +63,8 @@ def recipe_from_flags(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     around = None if chosen.mechanisms is None else [m for m in chosen.mechanisms.split(",") if m]
     if chosen.recipe:
         old = load_session(chosen.recipe).recipe
-        names, around = {k: given[k] or old.names[k] for k in CHOICES}, old.mechanisms if around is None else around
-        stay = {"run", "training", *(k for k in CHOICES if names[k] == old.names[k]), *set(around) & set(old.mechanisms)}
-        kept = {a: v for a, v in old.to_dict()["knobs"].items() if a.split(".")[0] in stay}
-        base = Recipe(*names.values(), kept, around)
+        base = old.but(around, **{k: name for k, name in given.items() if name})
+        kept = base.to_dict()["knobs"]
     else:
         base, kept = Recipe(*(given[k] or CHOICES[k] for k in CHOICES), mechanisms=around or ()), {}
     about = "Train, with a checkpoint now and then; Ctrl-C saves and says how to go on.\n\n" + chooser().format_help().replace("usage: ", "Besides the knobs: ")
@@ -102,14 +101,33 @@ def resume_command(argv) -> int:
 # %% ../nbs/98_cli.ipynb #0010
 def replay_command(argv) -> int:
     "adaptive-lab replay"
-    p = argparse.ArgumentParser(prog="adaptive-lab replay", description="Build a session's recipe, replay its tape, and compare the weights.")
-    p.add_argument("file", type=Path, help="a session file, as saved by the workbench")
+    p = argparse.ArgumentParser(prog="adaptive-lab replay", description="Build a session's recipe, replay its tape, and compare the weights; of a file of branches, each.")
+    p.add_argument("file", type=Path, help="a session, or branches, as saved by the workbench")
     p.add_argument("--store", type=Path, help="save the result there")
     p.add_argument("--name", default="replay", help="its name there (default: replay)")
     options = p.parse_args(argv)
-    session = load_session(options.file)
+    sessions = read_sessions(options.file)
     if options.store:
-        free_name(Store(options.store), options.name, False)
+        for name in sessions:
+            free_name(Store(options.store), options.name + name, False)
+    return max((_replay(s, name, options) for name, s in sessions.items()), default=0)
+
+def read_sessions(path: Path) -> dict[str, Session]:
+    "The session in a file under an empty name, or those of its branches. Raises `RecipeError`."
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        record = None
+    if isinstance(record, dict) and "branches" in record:
+        try:
+            return {f"-{name}": s for name, s in sessions_from_dict(record).items()}
+        except (ValueError, LookupError) as e:
+            raise RecipeError(f"{path}: {e}") from None
+    return {"": load_session(path)}  # which says what is wrong with a file that is none
+
+# %% ../nbs/98_cli.ipynb #0011
+def _replay(session: Session, name: str, options) -> int:
+    "Replay one; 0 if its weights are those that were recorded."
     threads = (session.made_with or {}).get("threads")
     if threads and not session.recipe["run.threads"]:
         import torch
@@ -117,9 +135,9 @@ def replay_command(argv) -> int:
         torch.set_num_threads(threads)
     run = replay(session.recipe, session.tape, session.until)
     digest = weights_digest(run.model)
-    print(f"step {run.index}  {len(session.tape)} changes\nweights {digest}")
+    print((f"branch {name[1:]}  " if name else "") + f"step {run.index}  {len(session.tape)} changes\nweights {digest}")
     if options.store:
-        run.save(Store(options.store), options.name)
+        run.save(Store(options.store), options.name + name)
     if session.weights in (None, digest):
         print("identical to the recorded weights" if session.weights else "the session holds no digest to compare with")
         return 0
@@ -128,7 +146,7 @@ def replay_command(argv) -> int:
     print(f"DIFFERENT from the recorded weights {session.weights}\nrecorded with {session.made_with}; {why}")
     return 1
 
-# %% ../nbs/98_cli.ipynb #0011
+# %% ../nbs/98_cli.ipynb #0012
 def benches() -> list[str]:
     "Names of the benchmarks there are."
     import adaptive_lab.bench as package
@@ -150,7 +168,7 @@ def bench_command(argv) -> int:
         write_durably(options.json, [(json.dumps(report.to_dict(), indent=1) + "\n").encode()])
     return 0 if report.holds else 1
 
-# %% ../nbs/98_cli.ipynb #0012
+# %% ../nbs/98_cli.ipynb #0013
 def doctor_command(argv) -> int:
     "adaptive-lab doctor"
     from adaptive_lab.doctor import main as doctor
@@ -163,7 +181,7 @@ def lab_command(argv) -> int:
 
     return lab(argv)
 
-# %% ../nbs/98_cli.ipynb #0013
+# %% ../nbs/98_cli.ipynb #0014
 def epsilon_command(argv) -> int:
     "adaptive-lab epsilon"
     from adaptive_lab.cells import load_measure
@@ -185,7 +203,7 @@ def epsilon_command(argv) -> int:
     print(f"{report.atlas}\n{new}\nthe report: {options.save_dir / 'report.html'}")
     return 0
 
-# %% ../nbs/98_cli.ipynb #0014
+# %% ../nbs/98_cli.ipynb #0015
 def bytes_command(argv) -> int:
     "adaptive-lab train-bytes"
     from adaptive_lab.train_bytes import train_bytes
@@ -210,7 +228,7 @@ COMMANDS = {
     "lab": (lab_command, "open the workbench in JupyterLab"),
 }
 
-# %% ../nbs/98_cli.ipynb #0015
+# %% ../nbs/98_cli.ipynb #0016
 EXPECTED = (UnknownPart, StoreError, ArithmeticError, ValueError, OSError)  # KnobError, RecipeError and DataError are ValueErrors
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,6 +253,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted at once; checkpoints committed before are whole", file=sys.stderr)
         return 130
 
-# %% ../nbs/98_cli.ipynb #0017
+# %% ../nbs/98_cli.ipynb #0018
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

@@ -14,7 +14,7 @@ from html import escape
 
 import numpy as np
 
-from .draw import SVG, picture
+from .draw import SVG, picture, short
 
 # %% ../nbs/81_heat.ipynb #0005
 VIRIDIS = "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
@@ -122,7 +122,8 @@ def heatmaps(
         x, y = 8 + i % across * (side + 10), 22 + i // across * (side + 28)
         words.append(in_words(name, values, (rows, columns)))
         out.append(_image(shades(blocks(values), low, high), x, y, side, side, words[-1]))
-        out.append(f'<text x="{x}" y="{y + side + 12}">{escape(name[:12])} {rows}×{columns}</text>')
+        size = f"{rows}×{columns}"
+        out.append(f'<text x="{x}" y="{y + side + 12}">{short(name, max(4, side // 6 - len(size)))} {size}</text>')
     below = 26 + -(-len(matrices) // across) * (side + 28)
     return picture("".join(out) + _scale(8, below, low, high, scale), width, below + 16, title, ". ".join(words))
 

@@ -46,8 +46,8 @@ PRESETS = {
                     _TEXT | {"heads.every": 50, "heads.efficiency_factor": 0.3, "optimizer.lr": 0.002}),
     "levels": Preset("A byte model with nested hyperbolic levels, its rate found by Q-learning: turn the spheres, move a level's curvature.", "text", "byte_model", "hakmem", (), _LEVELS),
     "labels and tasks": Preset("Values of samples around an optimizer that protects earlier tasks.", "split_digits", "mlp", "plasticity", ("values",), _TASKS),
-    "everything": Preset("Plasticity, a controller of heads, values of outputs and a learnt rate, on one transformer.", "dialect", "adaptive_transformer", "plasticity", ("heads", "rate", "values"),
-                         _TEXT | {"heads.every": 50, "heads.efficiency_factor": 0.3, "values.granularity": "output", "values.alpha": 0.01, "optimizer.warmup_steps": 200}),
+    "everything": Preset("Plasticity, a controller of heads, values of units and a learnt rate, on one transformer.", "dialect", "adaptive_transformer", "plasticity", ("heads", "rate", "values"),
+                         _TEXT | {"heads.every": 50, "heads.efficiency_factor": 0.3, "values.granularity": "unit", "values.signal": "persistence", "values.relative": True, "values.alpha": 0.1, "optimizer.warmup_steps": 200}),
 }
 
 # %% ../nbs/18_presets.ipynb #0009
