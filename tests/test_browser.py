@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_lab.bench.browser import browser_page, lab_server, open_notebook, panel_notebook, press, python, run_all, slider
+from adaptive_lab.cli import main
 from adaptive_lab.doctor import find_browser
 from adaptive_lab.run import replay
 from adaptive_lab.tape import load_session
@@ -52,21 +53,77 @@ def pictures(page):
     return page.evaluate("() => [...document.querySelectorAll('.al-live')].map(e => e.innerHTML)")
 
 
-def test_the_workbench_runs(project):
-    folder, address, page = project
+def bench_page(page, address):
+    "The workbench, whose training starts by itself."
     errors = []
     page.on("pageerror", lambda e: errors.append(str(e)))
     open_notebook(page, address, "nbs/workbench.ipynb")
     run_all(page)
-    press(page, "Start")
-    wait_status(page, "running")
+    wait_bench(page, "running · step [1-9]")
+    return errors
+
+
+def wait_bench(page, pattern, seconds=60):
+    page.wait_for_function("(p) => [...document.querySelectorAll('.al-panel .widget-html-content')].some((e) => new RegExp(p).test(e.innerText))", arg=pattern, timeout=seconds * 1000)
+
+
+def test_the_workbench_runs_travels_and_refuses(project):
+    folder, address, page = project
+    errors = bench_page(page, address)
     first = pictures(page)
-    page.wait_for_timeout(1500)
-    assert pictures(page) != first and "steps/s" in status(page)
+    page.wait_for_timeout(2500)
+    assert pictures(page) != first
     press(page, "Pause")
-    wait_status(page, "paused")
-    assert not errors
-    python(page, "panel.live.stop()")
+    wait_bench(page, "paused · step")
+    page.locator(".al-panel").get_by_text("Time travel", exact=True).first.click()
+    scrub = page.locator(".al-film input[type=range]")
+    page.wait_for_function("() => Number(document.querySelector('.al-film input[type=range]').max) >= 1", timeout=20_000)
+    page.wait_for_timeout(1500)
+
+    # the past is scrubbed in the page, with the keyboard, while the kernel is busy
+    newest = page.locator(".al-film output").inner_text()
+    page.evaluate("() => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel; k.requestExecute({code: 'import time; time.sleep(3)'}); }")
+    scrub.focus()
+    page.keyboard.press("Home")
+    assert page.locator(".al-film output").inner_text() != newest and page.locator(".al-film svg").count() > 1
+    page.wait_for_timeout(3500)
+
+    # back to a step, and on in another way
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(500)
+    press(page, "Branch here")
+    page.wait_for_function("() => [...document.querySelectorAll('.al-pointer svg')].some((e) => e.getAttribute('aria-label').includes('split_digits-2'))", timeout=20_000)
+    press(page, "Start")
+    wait_bench(page, "running · step")
+    press(page, "Pause")
+    wait_bench(page, "paused · step")
+    python(page, "bench.compose.around['heads'].value = True")
+    press(page, "Build")
+    wait_bench(page, "cannot run: .*needs an AdaptiveTransformer")
+    assert not errors and python(page, "print(len(bench.tree.parents))").strip() == "2"
+
+    # all of it replays, in another process
+    python(page, "bench.save_branches()")
+    assert main(["replay", str(folder / "nbs/workbench/run.json")]) == 0
+
+
+def test_what_is_typed_into_the_workbench_is_text(project):
+    "Names and titles are neither HTML nor script, in the page and in the file."
+    folder, address, page = project
+    errors = bench_page(page, address)
+    evil = "<img src=x onerror=window.__hurt=1><script>window.__hurt=1</script>"
+    python(page, f"e = {evil!r}; bench.title.value = e; bench.compose.name.value = e; bench.compose.keep(); bench.tell(e); bench.travel.tell(e); bench.file.value = 'evil.html'; bench._record(); bench.save_page()")
+    page.wait_for_timeout(800)
+    assert page.evaluate("() => window.__hurt ?? 0") == 0 and page.locator(".al-panel img[src=x]").count() == 0
+    press(page, "Pause")
+    tab, asked = page.context.browser.new_page(), []
+    tab.on("request", lambda r: asked.append(r.url))
+    tab.on("pageerror", lambda e: errors.append(str(e)))
+    tab.goto((folder / "nbs/workbench/evil.html").as_uri())
+    tab.wait_for_selector("#film svg")
+    assert tab.evaluate("() => window.__hurt ?? 0") == 0 and all(u.startswith("file:") for u in asked) and not errors
+    tab.close()
+    python(page, "bench.panel.live.stop()")
 
 
 def test_a_session_by_hand_replays_to_identical_weights(project, monkeypatch):

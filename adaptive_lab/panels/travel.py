@@ -112,6 +112,7 @@ def record(self, step: int, label: str, pictures: list):
     else:
         self.films[name] = added(self.films.get(name, []), Frame(step, label, pictures))[0]
 
+# %% ../../nbs/92_panels.travel.ipynb #0013
 def _show_film(self):
     "The film of the chosen branch, from its checkpoints if there is none."
     name = self.which.value
@@ -133,7 +134,7 @@ async def _develop(self, name: str):
 for f in (record, _show_film, _develop):
     setattr(Travel, f.__name__, f)
 
-# %% ../../nbs/92_panels.travel.ipynb #0013
+# %% ../../nbs/92_panels.travel.ipynb #0014
 def _later(self, work):
     "See to work on the event loop; at once where there is none. What goes wrong is told."
     async def told():
@@ -146,7 +147,7 @@ def _later(self, work):
     except RuntimeError:
         asyncio.run(told())
 
-# %% ../../nbs/92_panels.travel.ipynb #0014
+# %% ../../nbs/92_panels.travel.ipynb #0015
 def leave(self):
     "Leave the chosen branch at the chosen step."
     self.tell()
