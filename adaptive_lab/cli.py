@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'COMMANDS', 'EXPECTED', 'chooser', 'flags_of', 'recipe_from_flags', 'train_command', 'resume_command',
            'replay_command', 'read_sessions', 'benches', 'bench_command', 'doctor_command', 'lab_command',
-           'epsilon_command', 'bytes_command', 'generate_command', 'main']
+           'epsilon_command', 'report_command', 'bytes_command', 'generate_command', 'main']
 
 # %% ../nbs/98_cli.ipynb #0003
 import argparse
@@ -204,12 +204,23 @@ def epsilon_command(argv) -> int:
     return 0
 
 # %% ../nbs/98_cli.ipynb #0015
+def report_command(argv) -> int:
+    "adaptive-lab report"
+    from adaptive_lab.report import flags, make_report
+
+    own, rest = flags().parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        print(flags().format_help())
+    _, recipe = recipe_from_flags(rest)
+    return make_report(recipe, own)
+
 def bytes_command(argv) -> int:
     "adaptive-lab train-bytes"
     from adaptive_lab.train_bytes import train_bytes
 
     return train_bytes(argv)
 
+# %% ../nbs/98_cli.ipynb #0016
 def generate_command(argv) -> int:
     "adaptive-lab generate"
     from adaptive_lab.generating import generate_command as generate
@@ -224,11 +235,12 @@ COMMANDS = {
     "replay": (replay_command, "replay a session file and compare the weights"),
     "bench": (bench_command, "measure overhead, latency in a real browser, and the checkpoint store"),
     "epsilon": (epsilon_command, "chart a folder of checkpoints, and write a report with pictures"),
+    "report": (report_command, "run a composition without a screen, and write its page"),
     "doctor": (doctor_command, "what is installed, which device, what is missing"),
     "lab": (lab_command, "open the workbench in JupyterLab"),
 }
 
-# %% ../nbs/98_cli.ipynb #0016
+# %% ../nbs/98_cli.ipynb #0017
 EXPECTED = (UnknownPart, StoreError, ArithmeticError, ValueError, OSError)  # KnobError, RecipeError and DataError are ValueErrors
 
 def main(argv: list[str] | None = None) -> int:
@@ -253,6 +265,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted at once; checkpoints committed before are whole", file=sys.stderr)
         return 130
 
-# %% ../nbs/98_cli.ipynb #0018
+# %% ../nbs/98_cli.ipynb #0019
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

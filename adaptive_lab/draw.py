@@ -97,6 +97,11 @@ def _limits(values, given=None) -> tuple[float, float]:
     room = 0.05 * (high - low) or 0.5
     return float(low - room), float(high + room)
 
+def _until(x, y, last: float):
+    "The points up to a place."
+    keep = np.asarray(x) <= last
+    return np.asarray(x)[keep], np.asarray(y)[keep]
+
 # %% ../nbs/80_draw.ipynb #0017
 def curves(
     series: dict,  # name -> (x, y), arrays of equal length
@@ -107,18 +112,21 @@ def curves(
     marks=(),  # (x, text) of vertical lines, e.g. where a knob was turned
     width: int = 460,
     height: int = 190,
+    behind: dict | None = None,  # name -> (x, y) of an earlier run, drawn pale in the colour of that name
 ) -> SVG:
     "Lines over a common x axis, with a legend at the right when there is more than one."
     box = (46, 22, width - (92 if len(series) > 1 else 12), height - 30)
     drawn = {name: thin(*xy) for name, xy in series.items()}
     xlim = xlim or (0, max([1.0, *(float(x[-1]) for x, _ in drawn.values() if len(x))]))
-    ylim = _limits([y for _, y in drawn.values()], ylim)
+    pale = {name: _until(*thin(*behind[name]), xlim[1]) for name in drawn if name in (behind or {})}
+    ylim = _limits([y for _, y in (*drawn.values(), *pale.values())], ylim)
     out = [_axes(box, xlim, ylim, xlabel)]
     for at, text in marks:
         px = box[0] + (at - xlim[0]) / (xlim[1] - xlim[0]) * (box[2] - box[0])
         out.append(f'<path d="M{px:.1f} {box[1]}V{box[3]}" stroke="currentColor" stroke-opacity=".45" stroke-dasharray="3 3"><title>{escape(text)}</title></path>')
     for i, (name, (x, y)) in enumerate(drawn.items()):
         color = COLORS[i % len(COLORS)]
+        out += [f'<path d="{_path(*pale[name], xlim, ylim, box)}" fill="none" stroke="{color}" stroke-opacity=".35"/>'] if name in pale else []
         pen = 'stroke-width="6" stroke-linecap="round"' if len(x) == 1 else 'stroke-width="1.6" stroke-linejoin="round"'
         out.append(f'<path d="{_path(x, y, xlim, ylim, box)}" fill="none" stroke="{color}" {pen}/>')
         if len(drawn) > 1:

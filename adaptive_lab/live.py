@@ -38,6 +38,7 @@ class Live:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="training")
         self._task, self._lock, self._busy = None, threading.Lock(), threading.Lock()
         self.past: list[Session] = []  # what a reset put aside
+        self.ghost: tuple | None = None  # losses and evaluations of the run before, for pictures
         self._begin(recipe if isinstance(recipe, Run) else Run(recipe, tape))
 
     def _begin(self, run: Run):
@@ -192,6 +193,7 @@ def replace(self, run: Run):
     with self._busy:  # no step is under way
         if self.run.index:
             self.past.append(self.run.session())
+            self.ghost = self.run.losses, self.run.evaluations
         self._begin(run)
 
 # %% ../nbs/17_live.ipynb #0017
@@ -214,7 +216,7 @@ Live.resume = start
 class Moment:
     "A run as it is, to be looked at as a live one is."
 
-    state, error, last, speed, pace = "paused", None, None, 0.0, None
+    state, error, last, speed, pace, ghost = "paused", None, None, 0.0, None, None
 
     def __init__(self, run: Run):
         self.run = run

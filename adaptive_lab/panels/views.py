@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'SELDOM', 'LEAST', 'MOST', 'ACROSS', 'VIEWS', 'BY_STEP', 'AD
            'picture_shape', 'grey_picture', 'batch_picture', 'input_eligibility', 'eligibility_view', 'values_of',
            'value_sample', 'phi_view', 'history_lines', 'course_view', 'ranked', 'value_holders', 'holders_view',
            'extreme_samples', 'samples_picture', 'value_places', 'places_view', 'rate_history', 'rate_view',
-           'alignment_view', 'plasticity_advice', 'advice_html']
+           'alignment_view', 'plasticity_advice', 'advice_html', 'pictures_of', 'comparison_html']
 
 # %% ../../nbs/89_panels.views.ipynb #0003
 import base64
@@ -37,16 +37,17 @@ def turned(live: Live) -> list:
 
 def loss_view(live: Live, width: int = 600):
     "The loss of each step."
-    n = len(live.run.losses)
-    return curves({"loss": (range(n), live.run.losses)}, "loss", xlim=(0, max(50, n)), marks=turned(live), width=width, height=130)
+    n, ghost = len(live.run.losses), live.ghost[0] if live.ghost else []
+    series, behind = {"loss": (range(n), live.run.losses)}, {"loss": (range(len(ghost)), ghost)} if ghost else None
+    return curves(series, "loss", xlim=(0, max(50, n)), marks=turned(live), width=width, height=130, behind=behind)
 
 # %% ../../nbs/89_panels.views.ipynb #0006
 def accuracy_view(live: Live, width: int = 600):
-    "Accuracy on each held-out set over time; dashed lines where a knob was turned."
-    seen = live.run.evaluations
-    steps = [e["step"] for e in seen]
-    series = {name: (steps, [e[f"accuracy/{name}"] for e in seen]) for name in list(live.run.data.tests)[:10]}
-    return curves(series, "accuracy on held-out data", xlim=(0, max(50, live.run.index)), ylim=(0.0, 1.0), marks=turned(live), width=width)
+    "Accuracy on each held-out set over time, pale that of the run before; dashed lines where a knob was turned."
+    names = list(live.run.data.tests)[:10]
+    read = lambda seen: {n: ([e["step"] for e in seen], [e[f"accuracy/{n}"] for e in seen]) for n in names if all(f"accuracy/{n}" in e for e in seen)}
+    behind = read(live.ghost[1]) if live.ghost and live.ghost[1] else None
+    return curves(read(live.run.evaluations), "accuracy on held-out data", xlim=(0, max(50, live.run.index)), ylim=(0.0, 1.0), marks=turned(live), width=width, behind=behind)
 
 # %% ../../nbs/89_panels.views.ipynb #0009
 def knobs_now(live: Live, mechanism: str = "") -> dict:
@@ -324,3 +325,22 @@ VIEWS = {  # pictures beside loss and accuracy
 VIEWS |= {"values": VIEWS["vwpr"], "rate": VIEWS["hakmem"]}
 BY_STEP = {heat_view, eligibility_view, holders_view, course_view, places_view, rate_view, alignment_view}  # those that change with a step only
 ADVICE = {"plasticity": plasticity_advice}  # sentences; empty where nothing is wrong
+
+# %% ../../nbs/89_panels.views.ipynb #0045
+def pictures_of(live) -> list:
+    "All that a training panel shows of a run, live or standing still."
+    recipe = live.run.recipe
+    parts = (recipe.names["optimizer"], *recipe.mechanisms)
+    return [view(live) for view in (accuracy_view, loss_view, *(v for part in parts for v in VIEWS.get(part, ())))]
+
+# %% ../../nbs/89_panels.views.ipynb #0048
+def comparison_html(found) -> str:
+    "A comparison as a table of those metrics that are judged; all text escaped."
+    cells = [("metric", "arm", "seeds", "mean", "difference from " + found.rows()[0].against, "95% interval", "verdict")]
+    for r in (r for r in found.rows() if found.better(r.metric) is not None):
+        d = r.difference
+        told = (f"{d.mean:+.3g}", f"[{d.low:+.3g}, {d.high:+.3g}]") if d else ("–", "–")
+        cells.append((r.metric, r.arm, str(r.n), f"{r.mean:.4g}", *told, r.verdict))
+    line = lambda row, tag: "<tr>" + "".join(f'<{tag} style="text-align:left;padding:1px 8px">{escape(c)}</{tag}>' for c in row) + "</tr>"
+    failed = "".join(f'<p style="color:#d55e00">{escape(f"{c.arm}, seed {c.seed}: {c.error}")}</p>' for c in found.cells if c.error)
+    return f'<table style="border-collapse:collapse">{line(cells[0], "th")}{"".join(line(row, "td") for row in cells[1:])}</table>{failed}'

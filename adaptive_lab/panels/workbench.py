@@ -72,6 +72,7 @@ def put(self, run: Run, parent: tuple[str, int] | None = None):
         self._save()
     self.tree.begin(run, parent[0].split("-")[0] if parent else run.recipe.names["data"], parent)
     self.panel, self._tape = face(run, self.pace if old is None else old.live.pace, drive=self.tree.kept), len(run.tape)
+    self.panel.live.ghost = (old.run.losses, old.run.evaluations) if old is not None and old.run.index and old.run.recipe.names["data"] == run.recipe.names["data"] else None
     self.body.children = [self.panel.root]
     if old is not None:
         PANELS.discard(old)
@@ -87,9 +88,10 @@ def go_back(self, run: Run, parent: tuple[str, int]):
     self.put(run, parent)
 
 def close_all(widget: w.Widget):
-    "Close a widget and all below it."
-    for child in getattr(widget, "children", ()):
-        close_all(child)
+    "Close a widget and all below it, with what they look like."
+    for child in (*getattr(widget, "children", ()), getattr(widget, "layout", None), getattr(widget, "style", None)):
+        if isinstance(child, w.Widget):
+            close_all(child)
     widget.close()
 
 Workbench.put, Workbench.go_back = put, go_back
