@@ -128,7 +128,7 @@ def disk_svg(level: Level, title: str = "Poincaré disk", color: str = LEVEL_COL
     body += [f'<circle cx="{half:g}" cy="{half + 16:g}" r="{R * k:.1f}" fill="none" stroke="currentColor" stroke-opacity=".2" stroke-dasharray="2 3"/>'
              f'<text x="{half + 2:g}" y="{half + 14 - R * k:.1f}" fill-opacity=".6" font-size="9">{d}</text>' for d, k in rings]
     body += _spreads(level, flat, to, R, color) + _ways(level, flat, to, R, color) + _marks(level, flat, to, color, labels)
-    foot = f"c = {level.c:.3g}, s = {level.s:.3g}" + ("" if level.sigma is None else f", σ = {level.sigma:.3g}") + f"; two axes show {kept(level.tangent, axes):.0%}"
+    foot = f"c {level.c:.3g}, s {level.s:.3g}" + ("" if level.sigma is None else f", σ {level.sigma:.3g}") + f"; axes show {kept(level.tangent, axes):.0%}"
     body.append(f'<text x="8" y="{width + 28}" fill-opacity=".75">{foot}</text>')
     return picture("".join(body), width, width + 34, title, f"{len(level.names)} points; circles at distances {', '.join(str(d) for d, _ in rings)}")
 

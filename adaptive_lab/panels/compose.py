@@ -43,7 +43,7 @@ class Compose:
         narrow, key = dict(width="17em"), dict(description_width="5.5em")
         self.presets = w.Dropdown(description="preset", style=key, layout=narrow)
         self.menus = {kind: w.Dropdown(options=menu(kind), description=kind, style=key, layout=narrow) for kind in recipe.names}
-        self.around = {m: w.Checkbox(description=m, tooltip=MEANS.get(m, m), indent=False, layout=dict(width="auto")) for m in sorted(parts("mechanism"))}
+        self.around = {m: w.Checkbox(description=m, tooltip=MEANS.get(m, m), indent=False, layout=dict(width="auto", margin="2px 14px 2px 2px")) for m in sorted(parts("mechanism"))}
         self.name = w.Text("mine", description="name", style=dict(description_width="3em"), layout=dict(width="12em"))
         self.about, self.message = w.HTML(), w.HTML()
         self.go = self._button("Build", "build this composition; what ran before stays in the tree of branches", self.build, "cubes")
