@@ -29,7 +29,7 @@ from adaptive_lab.wubu.embedding import Annealing
 from adaptive_lab.zoo import Zoo
 
 GROUPS = {("run", None): RunKnobs, ("training", None): Training}
-GROUPS.update({(kind, name): p.knobs for kind in ("data", "model", "optimizer") for name, p in parts(kind).items()})
+GROUPS.update({(kind, name): p.knobs for kind in ("data", "model", "optimizer", "mechanism") for name, p in parts(kind).items()})
 RIVALS = {("continual", None): continual.Protocol, ("reweighting", None): reweighting.Protocol, ("transfer", None): Transfer, ("diversity", None): Diversity, ("zoo", None): Zoo}
 RIVALS.update({(cls.__module__.rpartition(".")[2], None): cls for cls in (Charting, Bend, Functions, Prediction, TokenSizes, VAE)})
 RIVALS.update({(f"controller.{cls.__name__.lower()}", None): cls for cls in (Adaptation, Worth, Timing, Gating, Meta, PolicyKnobs, A2CKnobs, PPOKnobs, Liking)})
@@ -115,6 +115,8 @@ def another(k):
 def test_flag(where, cls, k):
     group, part = where
     chosen = [f"--{group}", part] if part else []
+    if group == "mechanism":  # its name is its group
+        chosen, group = ["--mechanisms", part], part
     flag = f"--{group}.{k.name.replace('_', '-')}"
     if k.type is bool:
         argv, value = [flag if not k.default else flag.replace(".", ".no-")], not k.default
