@@ -98,6 +98,7 @@ def test_the_workbench_runs_travels_and_refuses(project):
     press(page, "Pause")
     wait_bench(page, "paused · step")
     python(page, "bench.compose.around['heads'].value = True")
+    page.locator(".al-panel").get_by_text("Compose", exact=True).first.click()
     press(page, "Build")
     wait_bench(page, "cannot run: .*needs an AdaptiveTransformer")
     assert not errors and python(page, "print(len(bench.tree.parents))").strip() == "2"

@@ -21,6 +21,7 @@ class Picture(anywidget.AnyWidget):
 
     _esm = STATIC / "picture.js"
     svg = traitlets.Unicode("").tag(sync=True)
+    arrive = traitlets.Bool(False).tag(sync=True)  # bring the panel it is in to the top of the page, once
 
 # %% ../../nbs/86_panels.picture.ipynb #0008
 STYLE = """<style>

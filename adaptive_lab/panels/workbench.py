@@ -51,7 +51,7 @@ class Workbench:
         self.body, self.message, self._pulse, self._tape = w.VBox(), w.HTML(), None, 0
         sections = {"Time travel": self.travel.root, "Does it help?": self.helps.root, "Share": self._make_share()}
         self.more = w.Accordion([*sections.values()], titles=[*sections])
-        self.root = w.VBox([w.Accordion([self.compose.root], titles=("Compose",), selected_index=0), self.message, self.body, self.more])
+        self.root = w.VBox([w.Accordion([self.compose.root], titles=("Compose",)), self.message, self.body, self.more])
         self.root.add_class("al-panel")
         self._start = start
         self.put(Run(recipe))
@@ -198,6 +198,7 @@ Workbench.html, Workbench.save_page, Workbench.save_branches = html, save_page, 
 def _ipython_display_(self):
     from IPython.display import display
 
+    self.panel.loss.arrive = True
     display(self.root)
     self.panel._draw_soon()
     try:

@@ -2,6 +2,7 @@
 //
 // trait  type    meaning
 // svg    string  the picture, made by adaptive_lab.draw (all text in it is escaped there)
+// arrive bool    bring the panel to the top of what is seen, once; the page sets it back
 //
 // The picture also guards its panel: JupyterLab runs its shortcuts for every key pressed in an output (a and b insert
 // cells, the arrows move between them) unless the focused element itself is marked. A mark on a parent does not help,
@@ -40,7 +41,12 @@ function render({ model, el }) {
   draw();
   const find = () => {   // the panel is attached to the page a moment after its parts are made
     const root = el.closest(".al-panel");
-    if (root) guard(root); else if (tries-- > 0) setTimeout(find, 50);
+    if (!root) return tries-- > 0 && setTimeout(find, 50);
+    guard(root);
+    if (!model.get("arrive")) return;
+    model.set("arrive", false);
+    model.save_changes();
+    setTimeout(() => root.scrollIntoView({ block: "start" }), 300);   // JupyterLab itself goes to the last cell that was run
   };
   let tries = 100;
   find();
