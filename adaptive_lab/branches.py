@@ -42,7 +42,8 @@ class Branches:
 
 # %% ../nbs/19_branches.ipynb #0007
 def begin(self, run: Run, name: str = "main", parent: tuple[str, int] | None = None) -> str:
-    "A new branch with the present state of `run` as its first checkpoint; it is the current one. Returns its name, with a number behind it where the name was taken."
+    "A new branch with the present state of `run` as its first checkpoint; it is the current one. Returns its name: that of its parent if it has one, with a number behind it where it was taken."
+    name = re.sub(r"-\d+$", "", parent[0]) if parent else name
     known, number, own = self.parents, 1, name
     taken = {n.lower() for n in (*known, *(c.run for c in self.store.checkpoints()))}
     while own.lower() in taken:
@@ -103,7 +104,7 @@ def at(self, name: str, step: int) -> Run:
 def branch(self, name: str, step: int) -> Run:
     "Leave a branch after so many steps: a new branch, which is then the current one, with its run."
     run = self.at(name, step)
-    self.begin(run, re.sub(r"-\d+$", "", name), (name, step))
+    self.begin(run, parent=(name, step))
     return run
 
 Branches.tape, Branches.at, Branches.branch = tape, at, branch

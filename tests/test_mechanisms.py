@@ -195,3 +195,8 @@ def test_a_mechanism_of_ones_own_is_a_class_of_a_few_lines():
     run.__dict__["optimizer"] = Composed(run.optimizer, {"counting": counting})
     run.advance()
     assert counting.losses == run.losses
+
+
+def test_a_first_rate_that_is_far_too_small_is_raised():
+    last = lambda mechanisms: sum(Run(recipe("adam", mechanisms, "digits", **{"run.steps": 200, "run.eval_every": 200, "optimizer.lr": 1e-5})).advance().losses[-20:]) / 20
+    assert last(["rate"]) < 0.5 * last([])

@@ -12,6 +12,7 @@ from html import escape
 import ipywidgets as w
 
 from ..durable import StoreError
+from .controls import alert, button
 from .training import WRAP
 from ..parts import parts
 from ..presets import PRESETS, Saved, preset
@@ -46,16 +47,13 @@ class Compose:
         self.around = {m: w.Checkbox(description=m, tooltip=MEANS.get(m, m), indent=False, layout=dict(width="auto", margin="2px 14px 2px 2px")) for m in sorted(parts("mechanism"))}
         self.name = w.Text("mine", description="name", style=dict(description_width="3em"), layout=dict(width="12em"))
         self.about, self.message = w.HTML(), w.HTML()
-        self.go = self._button("Build", "build this composition; what ran before stays in the tree of branches", self.build, "cubes")
-        keep = self._button("Save preset", "keep this composition with its knobs under the name at the left", self.keep, "bookmark")
+        self.go = button("Build", "build this composition; what ran before stays in the tree of branches", self.build, "cubes")
+        keep = button("Save preset", "keep this composition with its knobs under the name at the left", self.keep, "bookmark")
         self._lay_out(keep)
         self.show(recipe)
         self.presets.observe(lambda change: None if self._quiet else self.choose(change["new"]), "value")
 
-    def _button(self, text, tip, act, icon):
-        made = w.Button(description=text, tooltip=tip, icon=icon, layout=dict(width="auto"))
-        made.on_click(lambda _: act())
-        return made
+
 
 # %% ../../nbs/92_panels.compose.ipynb #0010
 def _lay_out(self, keep):
@@ -79,7 +77,7 @@ def show(self, recipe: Recipe):
 
 def tell(self, text: str = ""):
     "A message under the bar."
-    self.message.value = f'<span role="alert" style="color:#d55e00">{escape(text)}</span>' if text else ""
+    self.message.value = alert(text)
 
 Compose._lay_out, Compose.show, Compose.tell = _lay_out, show, tell
 

@@ -18,6 +18,7 @@ import torch
 from ..draw import SVG, picture
 from ..epsilon_vae.gate import Refused, Verified, verify
 from ..heat import png
+from .controls import button
 from .picture import Picture, Still
 from .views import grey_picture
 from ..store import Store, StoreError
@@ -78,9 +79,7 @@ class DecodedPanel:
 
     def button(self, text: str, tip: str, act) -> w.Button:
         "A button that calls `act`, without arguments."
-        made = w.Button(description=text, tooltip=tip, layout=dict(width="auto"))
-        made.on_click(lambda _: act())
-        return made
+        return button(text, tip, act)
 
     def predict(self, state) -> dict:
         "What is expected of a network; nothing, unless a subclass knows better."

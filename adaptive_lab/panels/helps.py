@@ -9,11 +9,11 @@ __all__ = ['Stopped', 'Helps']
 import asyncio
 import time
 from collections.abc import Callable
-from html import escape
 
 import ipywidgets as w
 
 from ..ablation import WHOLE, arms, does_it_help
+from .controls import alert
 from .training import WRAP
 from .views import comparison_html
 from ..tape import Recipe
@@ -45,7 +45,7 @@ class Helps:
             recipe = self._recipe()
             arms(recipe)
         except (ValueError, LookupError) as e:
-            self.left.value = f'<span role="alert" style="color:#d55e00">{escape(str(e))}</span>'
+            self.left.value = alert(str(e))
             return
         self._stop, self.ask.disabled, self.end.disabled, self._begun = False, True, False, None
         self._task = asyncio.get_running_loop().create_task(self._run(recipe, range(self.seeds.value)))
@@ -66,7 +66,7 @@ async def _run(self, recipe: Recipe, seeds):
     except Stopped:
         self.left.value = "stopped; what is finished is kept"
     except Exception as e:  # whatever it is, the person at the page must read it
-        self.left.value = f'<span role="alert" style="color:#d55e00">{escape(f"{type(e).__name__}: {e}")}</span>'
+        self.left.value = alert(f"{type(e).__name__}: {e}")
     self.ask.disabled, self.end.disabled = False, True
 
 def _show(self, done: int, total: int):

@@ -19,7 +19,7 @@ from traitlets import TraitError
 
 from ..knobs import KnobError, walk
 from ..live import Live
-from .controls import control, meant, place, same, words
+from .controls import alert, button, control, meant, place, same, words
 from .picture import Picture, Still, still
 from .views import ADVICE, BY_STEP, VIEWS, accuracy_view, advice_html, loss_view
 from ..run import Run
@@ -80,9 +80,7 @@ def _at_home(self, act, *args):
 # %% ../../nbs/90_panels.training.ipynb #0010
 def _button(self, text, tip, act, icon=""):
     "A button that calls `act`, without arguments."
-    b = w.Button(description=text, tooltip=tip, icon=icon, layout=dict(width="auto"))
-    b.on_click(lambda _: self._at_home(act))
-    return b
+    return button(text, tip, lambda: self._at_home(act), icon)
 
 # %% ../../nbs/90_panels.training.ipynb #0011
 def _make_controls(self):
@@ -309,7 +307,7 @@ def _say(self, text: str = ""):
         parts += [f"{speed:.0f} steps/s", f"{max(0, run.recipe['run.steps'] - run.index) / speed:.0f} s left"]
     parts += [f"{escape(a.split('.')[1])} = {v:.4g} from the next step on" if isinstance(v, float) else f"{escape(a)} = {escape(str(v))} waits" for a, v in run.waiting.items() if v != ""]
     text = self._message or (f"{type(live.error).__name__}: {live.error}" if live.error else "")
-    self.status.value = " · ".join(parts) + (f'<br><span role="alert" style="color:#d55e00">{escape(text)}</span>' if text else "")
+    self.status.value = " · ".join(parts) + (f"<br>{alert(text)}" if text else "")
 
 def draw_extra(self, leave=frozenset()):
     "Renew the pictures of the mechanisms, but for the views to leave as they are."

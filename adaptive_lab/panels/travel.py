@@ -8,7 +8,6 @@ __all__ = ['WIDTH', 'FEW', 'Travel', 'refresh', 'record', 'leave', 'compare']
 # %% ../../nbs/92_panels.travel.ipynb #0003
 import asyncio
 from collections.abc import Callable
-from html import escape
 
 import ipywidgets as w
 
@@ -17,6 +16,7 @@ from ..branchpictures import difference_html, frame_of, lanes_of, side_by_side, 
 from ..durable import StoreError
 from ..film import Frame, added
 from ..live import Moment
+from .controls import alert, button
 from .film import FilmView
 from .picture import Picture
 from .pointer import PointerPicture
@@ -39,22 +39,18 @@ class Travel:
         self.step = w.BoundedIntText(0, min=0, max=0, description="step", style=key, layout=dict(width="13em"))
         self.one, self.other = (w.Dropdown(description=text, style=key, layout=dict(width="16em")) for text in ("compare", "with"))
         self.message, self.table, self.pair = w.HTML(), w.HTML(), [Picture() for _ in range(3)]
-        leave = self._button("Branch here", "go back to this step of this branch, and on from there as a new branch", self.leave, "code-fork")
-        side = self._button("Side by side", "what both branches have measured, and where their tapes differ", self.compare, "columns")
+        leave = button("Branch here", "go back to this step of this branch, and on from there as a new branch", self.leave, "code-fork")
+        side = button("Side by side", "what both branches have measured, and where their tapes differ", self.compare, "columns")
         self.root = w.VBox([self.picture, w.Box([self.which, self.step, leave], layout=WRAP), self.film, w.Box([self.one, self.other, side], layout=WRAP),
                             self.message, w.Box(self.pair, layout=WRAP), self.table])
         self.which.observe(lambda change: self._show_film(), "value")
         self.film.observe(lambda change: self._scrubbed(change["new"]), "step")
         self.picture.observe(lambda change: self._pointed(change["new"]), "point")
 
-    def _button(self, text, tip, act, icon):
-        made = w.Button(description=text, tooltip=tip, icon=icon, layout=dict(width="auto"))
-        made.on_click(lambda _: act())
-        return made
 
     def tell(self, text: str = ""):
         "A message."
-        self.message.value = f'<span role="alert" style="color:#d55e00">{escape(text)}</span>' if text else ""
+        self.message.value = alert(text)
 
 # %% ../../nbs/92_panels.travel.ipynb #0009
 def refresh(self):
