@@ -71,6 +71,7 @@ const about = (axis, angle) => {   // a rotation
   const [x, y, z] = axis, c = Math.cos(angle), s = Math.sin(angle), d = 1 - c;
   return [c + x * x * d, x * y * d - z * s, x * z * d + y * s, y * x * d + z * s, c + y * y * d, y * z * d - x * s, z * x * d - y * s, z * y * d + x * s, c + z * z * d];
 };
+const long = (v) => Math.sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]);
 const HOME = times(about([1, 0, 0], 0.42), about([0, 1, 0], -0.6));
 const apply = (m, [x, y, z]) => [m[0] * x + m[1] * y + m[2] * z, m[3] * x + m[4] * y + m[5] * z, m[6] * x + m[7] * y + m[8] * z];
 const straight = (m) => {   // many small turns, and still a rotation (Gram-Schmidt)
@@ -88,7 +89,7 @@ function wire(meridians, parallels, parts) {
   return new Float32Array(out);
 }
 
-// --- painters: paint({turn, lens, ratio, wires, trails, sprites}); sprites are [x, y, z, radius, r, g, b, shape] as the eye sees them, the farthest first ---
+// --- painters: paint({turn, lens, ratio, wires, trails, sprites, halos, marks}); the last three are [x, y, z, radius, r, g, b, shape] as the eye sees them, the farthest first ---
 
 const VIEW = "uniform vec2 lens; vec4 see(vec3 p) { return vec4(lens * p.xy, -.4 * p.z, EYE - p.z); }".replace("EYE", EYE.toFixed(2));
 const LINE = [`#version 300 es
@@ -96,23 +97,29 @@ in vec3 place; uniform mat3 turn; uniform float size; out float near; ${VIEW}
 void main() { vec3 p = turn * place; near = p.z * .5 + .5; gl_Position = see(p * size); }`, `#version 300 es
 precision mediump float; in float near; uniform vec4 color; out vec4 shown;
 void main() { float a = color.a * mix(.25, 1., clamp(near, 0., 1.)); shown = vec4(color.rgb * a, a); }`];
+const HEAD = `#version 300 es
+in vec4 place; in vec4 kind; ${VIEW}`;
+// A processor may have to draw this, so a dot has few words a pixel: its ink is ready at its corner, and its edge is as wide as `soft` says.
+const DOT = [`${HEAD} uniform float pixels; flat out vec4 ink; flat out float soft, corners;
+void main() {
+  gl_Position = see(place.xyz); float r = pixels * place.w / gl_Position.w, a = mix(.5, 1., clamp(place.z * .5 + .5, 0., 1.));
+  gl_PointSize = 2. * r + 2.; soft = r + 1.; corners = kind.a == 1. ? 1. : 0.; ink = vec4(kind.rgb * a, a);
+}`, `#version 300 es
+precision mediump float; flat in vec4 ink; flat in float soft, corners; out vec4 shown;
+void main() {
+  vec2 p = abs(2. * gl_PointCoord - 1.) * soft; float d = soft - (corners > 0. ? p.x + p.y : length(p));   // pixels from the edge
+  shown = ink * clamp(d, 0., 1.); shown.rgb *= d < .28 * soft ? .6 : 1.;
+}`];
 const INK = `#version 300 es
-precision mediump float; in vec3 hue; flat in int shape; in float near; out vec4 shown; PLACE
+precision mediump float; in vec3 hue; flat in int shape; in vec2 at; out vec4 shown;
 float edge(float d) { float w = fwidth(d); return 1. - smoothstep(1. - w, 1. + w, d); }
 void main() {
-  float d = shape == 1 ? (abs(at.x) + abs(at.y)) : length(at), a = edge(d), dark = 1.;
-  if (shape == 3) a *= 1. - edge(d / .62) + edge(d / .3);
-  else if (shape == 4) { a *= mix(.045, .3, edge(.975 / max(d, .001))); dark = .9; }
-  else { dark = d > .72 ? .6 : 1.; a *= mix(.5, 1., near); }
-  shown = vec4(hue * dark * a, a);
+  float d = length(at), a = edge(d);
+  a *= shape == 3 ? 1. - edge(d / .62) + edge(d / .3) : mix(.045, .3, edge(.975 / max(d, .001)));
+  shown = vec4(hue * (shape == 4 ? .9 : 1.) * a, a);
 }`;
-const HEAD = `#version 300 es
-in vec4 place; in vec4 kind; out vec3 hue; flat out int shape; out float near; ${VIEW}`;
-const SET = "hue = kind.rgb; shape = int(kind.a); near = clamp(place.z * .5 + .5, 0., 1.);";
-const DOT = [`${HEAD} uniform float pixels;
-void main() { ${SET} gl_Position = see(place.xyz); gl_PointSize = 1. + pixels * 2. * place.w / gl_Position.w; }`, INK.replace("PLACE", "").replace("void main() {", "void main() { vec2 at = 2.1 * gl_PointCoord - 1.05;")];
-const BALL = [`${HEAD} in vec2 corner; out vec2 at;   // a sphere may be larger than a point can be
-void main() { ${SET} at = corner * 1.02; gl_Position = see(place.xyz + vec3(at * place.w, 0.)); }`, INK.replace("PLACE", "in vec2 at;")];
+const BALL = [`${HEAD} in vec2 corner; out vec2 at; out vec3 hue; flat out int shape;   // spreads and marks: a sphere may be larger than a point can be
+void main() { hue = kind.rgb; shape = int(kind.a); at = corner * 1.02; gl_Position = see(place.xyz + vec3(at * place.w, 0.)); }`, INK];
 
 function glPainter(canvas) {
   const gl = canvas.getContext("webgl2", { antialias: false, alpha: true, depth: false, premultipliedAlpha: true, powerPreference: "low-power" });
@@ -124,7 +131,7 @@ function glPainter(canvas) {
     if (!gl.getProgramParameter(p, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(p) || "a shader does not compile");
     return { p, lens: gl.getUniformLocation(p, "lens"), u: (name) => gl.getUniformLocation(p, name), a: (name) => gl.getAttribLocation(p, name) };
   };
-  const line = program(LINE), dot = program(DOT), ball = program(BALL), sphere = wire(7, 6, 48);
+  const line = program(LINE), dot = program(DOT), ball = program(BALL), sphere = wire(6, 5, 40);
   const lineAt = ["turn", "size", "color"].map(line.u), pixels = dot.u("pixels");
   const buffer = (values) => { const b = gl.createBuffer(); gl.bindBuffer(gl.ARRAY_BUFFER, b); if (values) gl.bufferData(gl.ARRAY_BUFFER, values, gl.STATIC_DRAW); return b; };
   const array = (b, fields, stride, each = 0) => {   // fields: [attribute, numbers, first]
@@ -145,9 +152,12 @@ function glPainter(canvas) {
     gl.clear(gl.COLOR_BUFFER_BIT);
     const show = (kind, group, b, values) => {
       gl.useProgram(kind.p); gl.uniform2f(kind.lens, ...eye);
-      gl.bindVertexArray(group); gl.bindBuffer(gl.ARRAY_BUFFER, b); gl.bufferData(gl.ARRAY_BUFFER, new Float32Array(values.flat()), gl.STREAM_DRAW);
+      gl.bindVertexArray(group); gl.bindBuffer(gl.ARRAY_BUFFER, b); const all = new Float32Array(8 * values.length);
+      values.forEach((v, i) => all.set(v, 8 * i));
+      gl.bufferData(gl.ARRAY_BUFFER, all, gl.STREAM_DRAW);
     };
-    if (picture.halos.length) { show(ball, balls, ballBuffer, picture.halos); gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, picture.halos.length); }
+    const large = (values) => { if (values.length) { show(ball, balls, ballBuffer, values); gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, values.length); } };
+    large(picture.halos);
     gl.useProgram(line.p);
     gl.uniformMatrix3fv(lineAt[0], true, turn); gl.uniform2f(line.lens, ...eye);
     gl.bindVertexArray(wires);
@@ -158,12 +168,13 @@ function glPainter(canvas) {
     show(dot, dots, dotBuffer, picture.sprites);   // one vertex each: an instance each takes a software renderer five times as long
     gl.uniform1f(pixels, (lens * Math.min(canvas.width, canvas.height)) / 2);
     gl.drawArrays(gl.POINTS, 0, picture.sprites.length);
+    large(picture.marks);
   };
 }
 
 function flatPainter(canvas) {   // where there is no WebGL2
   const g = canvas.getContext("2d"), sphere = wire(4, 3, 40);
-  return ({ turn, lens, ratio, wires, trails, sprites, halos }) => {
+  return ({ turn, lens, ratio, wires, trails, sprites, halos, marks }) => {
     const w = canvas.width, h = canvas.height, k = (lens * Math.min(w, h)) / 2;
     const at = ([x, y, z]) => [w / 2 + (k * x) / (EYE - z), h / 2 - (k * y) / (EYE - z), k / (EYE - z)];
     const css = ([r, gr, b], a) => `rgba(${[r, gr, b].map((v) => Math.round(255 * v))},${a})`;
@@ -190,6 +201,7 @@ function flatPainter(canvas) {   // where there is no WebGL2
     }
     for (const [places, color] of trails) { g.strokeStyle = css(color, 0.8); g.beginPath(); places.forEach((p, i) => { const [x, y] = at(apply(turn, p)); i ? g.lineTo(x, y) : g.moveTo(x, y); }); g.stroke(); }
     dots(sprites);
+    dots(marks);
   };
 }
 
@@ -235,28 +247,28 @@ function render({ model, el }) {
   const rowOf = (t, point) => { const [all, i] = t < scene.snapshots.length ? [table, t * first.at(-1) + point] : [nowTable, point]; return all.subarray(i * width, (i + 1) * width); };
   const value = (level, knob, t = at) => (live() && t < scene.snapshots.length ? undefined : open.get(`${level},${knob}`)?.[0]) ?? moment(t)[knob][level];
   const shapeOf = (kind) => SHAPES[kind] ?? SMALL;
-  const reach = (level, n, t = at) => Math.tanh(Math.sqrt(value(level, "c", t)) * value(level, "s", t) * n);
+  const pullOf = (level, t = at) => Math.sqrt(value(level, "c", t)) * value(level, "s", t);
   function radii(t = at) {
     let r = 1;
-    return scene.levels.map((_, i) => { const here = r; r *= clamp(Math.tanh(Math.sqrt(value(i, "c", t)) * value(i, "s", t)), scene.narrow, scene.wide); return here; });
+    return scene.levels.map((_, i) => { const here = r; r *= clamp(Math.tanh(pullOf(i, t)), scene.narrow, scene.wide); return here; });
   }
-  function put(level, v, radius, t = at) {   // a tangent vector as a place of the picture
-    const n = Math.hypot(...v), k = n ? (radius * reach(level, n, t)) / n : 0;
+  function put(v, radius, pull) {   // a tangent vector as a place of the picture; `pull` is sqrt(c) s
+    const n = long(v), k = n ? (radius * Math.tanh(pull * n)) / n : 0;
     return [v[0] * k, v[1] * k, v[2] * k];
   }
 
   function compose() {   // everything as the eye sees it
-    const sizes = radii(), sprites = [], balls = [], ways = [], [, red, green] = getComputedStyle(stage).color.match(/(\d+), (\d+)/) ?? [0, 0, 0];
+    const sizes = radii(), sprites = [], marks = [], balls = [], into = [sprites, sprites, sprites, marks, balls], ways = [], [, red, green] = getComputedStyle(stage).color.match(/(\d+), (\d+)/) ?? [0, 0, 0];
     const pale = Number(red) + Number(green) > 255 ? 0.3 : 0;   // on a dark page all colours are lighter
     seen = [];
-    const add = (p, radius, color, shape, what) => { if (p.every(Number.isFinite)) { const q = apply(turn, p); (shape === HALO ? balls : sprites).push([...q, radius, ...color, shape]); if (what) seen.push({ ...what, place: q }); } };
+    const add = (p, radius, color, shape, what) => { if (Number.isFinite(p[0] + p[1] + p[2])) { const q = apply(turn, p); into[shape].push([q[0], q[1], q[2], radius, color[0], color[1], color[2], shape]); if (what) { what.place = q; seen.push(what); } } };
     scene.levels.forEach((level, i) => {
       if (off.has(i)) return;
-      const color = rgb(level.color, pale), c = value(i, "c"), sigma = value(i, "sigma"), t = sigma === null ? 0 : Math.tanh((Math.sqrt(c) * sigma) / 2);
+      const color = rgb(level.color, pale), c = value(i, "c"), pull = pullOf(i), sigma = value(i, "sigma"), t = sigma === null ? 0 : Math.tanh((Math.sqrt(c) * sigma) / 2);
       level.names.forEach((name, j) => {
-        const row = rowOf(at, first[i] + j), v = row.subarray(0, 3), kind = shapeOf(level.kinds[j]);
+        const v = rowOf(at, first[i] + j), kind = shapeOf(level.kinds[j]);
         if (!Number.isFinite(v[0])) return;
-        const p = put(i, v, sizes[i]), rho = reach(i, Math.hypot(...v)), me = { level: i, point: j, name, kind: level.kinds[j], length: Math.hypot(...v), rho };
+        const p = put(v, sizes[i], pull), length = long(v), rho = Math.tanh(pull * length), me = { level: i, point: j, name, kind: level.kinds[j], length, rho, place: null };
         add(p, SIZES[kind] / Math.sqrt(zoom), color, kind, me);
         if (pinned?.level === i && pinned.point === j) add(p, SIZES[MARK] / Math.sqrt(zoom), CHOSEN, MARK);
         if (halos.checked && t && level.kinds[j] === "boundary") {
@@ -265,18 +277,18 @@ function render({ model, el }) {
         }
         if (trails.checked && at) {
           const way = [];
-          for (let s = 0; s <= at; s++) { const w = rowOf(s, first[i] + j).subarray(0, 3); if (Number.isFinite(w[0])) way.push(put(i, w, radii(s)[i], s)); }
+          for (let s = 0; s <= at; s++) { const w = rowOf(s, first[i] + j); if (Number.isFinite(w[0])) way.push(put(w, radii(s)[i], pullOf(i, s))); }
           if (way.length > 1) ways.push([way, color]);
         }
       });
       const found = model.get("found");
       if (found?.text && found.text === model.get("typed")) (found.levels?.[i]?.places ?? []).forEach((v, j, all) =>
-        add(put(i, v, sizes[i]), SIZES[MARK] / Math.sqrt(zoom), CHOSEN, MARK, { level: i, mark: j, name: all.length > 1 ? `${found.text} · patch ${j + 1}` : found.text, kind: "text", length: Math.hypot(...v), rho: reach(i, Math.hypot(...v)) }));
+        add(put(v, sizes[i], pull), SIZES[MARK] / Math.sqrt(zoom), CHOSEN, MARK, { level: i, mark: j, name: all.length > 1 ? `${found.text} · patch ${j + 1}` : found.text, kind: "text", length: long(v), rho: Math.tanh(pull * long(v)) }));
     });
     sprites.sort((a, b) => a[2] - b[2]);
     const wires = scene.levels.map((level, i) => [sizes[i], rgb(level.color, pale)]).filter((_, i) => !off.has(i));
     const w = stage.clientWidth || 1, h = stage.clientHeight || 1, least = Math.min(w, h);
-    return { turn, lens: LENS * zoom, ratio: [w / least, h / least], wires, trails: ways, sprites, halos: balls };
+    return { turn, lens: LENS * zoom, ratio: [w / least, h / least], wires, trails: ways, sprites, halos: balls, marks };
   }
   function onPage([x, y, z]) {   // pixels of the stage
     const w = stage.clientWidth, h = stage.clientHeight, k = (LENS * zoom * Math.min(w, h)) / 2 / (EYE - z);
