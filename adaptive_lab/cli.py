@@ -142,7 +142,8 @@ def _replay(session: Session, name: str, options) -> int:
         print("identical to the recorded weights" if session.weights else "the session holds no digest to compare with")
         return 0
     data = data_digest(run.data)
-    why = "the data are not those of the recording" if (session.made_with or {}).get("data", data) != data else "on another machine or torch the last bits may differ"
+    made = session.made_with or {}
+    why = "the data are not those of the recording" if made.get("data", data) != data else f"{session.recipe['run.weights']} holds other weights now" if made.get("weights") != run.begun_with else "on another machine or torch the last bits may differ"
     print(f"DIFFERENT from the recorded weights {session.weights}\nrecorded with {session.made_with}; {why}")
     return 1
 

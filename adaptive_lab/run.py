@@ -18,6 +18,8 @@ import torch
 from blake3 import blake3
 
 from . import __version__
+from .durable import StoreError
+from .foreign import read_foreign
 from .mechanisms import Composed
 from .store import Store
 from .tape import Change, Recipe, RecipeError, Session, Tape, check_change, checked_tape
@@ -76,6 +78,18 @@ def _check_fit(model, data, names: dict):
     finally:
         model.train()
 
+def _begin_with(model, file: str) -> str:
+    "Put the weights of a file into the model; their digest. Raises `RecipeError` when it cannot be read or does not fit."
+    try:
+        state = read_foreign(file)
+        state = state["model"] if isinstance(state, dict) and isinstance(state.get("model"), dict) else state
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, and not tensors by name")
+        getattr(model, "restructure", model.load_state_dict)(state)
+        return state_digest(state)
+    except (StoreError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        raise RecipeError(f"run.weights={file!r} cannot be what this model begins with: {' '.join(str(e).split())}") from None
+
 def _composed(recipe: Recipe, model, needed: dict[str, dict]) -> torch.optim.Optimizer:
     "The recipe's optimizer with its mechanisms around it, each given what it needs to know of the data."
     build = lambda group, *more: recipe.parts[group].build(recipe.knobs[group], model, *more, **needed[group])
@@ -87,7 +101,12 @@ def _composed(recipe: Recipe, model, needed: dict[str, dict]) -> torch.optim.Opt
 class Run:
     "A recipe's model, optimizer and data, its position, and what was measured on the way."
 
-    def __init__(self, recipe: Recipe, tape: Tape | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        tape: Tape | None = None,
+        fresh: bool = True,  # False: its weights will come from a checkpoint, so `run.weights` need not be there
+    ):
         self.recipe, self.tape = recipe, checked_tape(recipe, tape or Tape())
         self.knobs = {group: k.model_copy() for group, k in recipe.knobs.items()}
         seed, build = recipe["run.seed"], recipe.parts
@@ -95,6 +114,7 @@ class Run:
             self.data = build["data"].build(self.knobs["data"], seed)
             self.model = build["model"].build(self.knobs["model"], self.data, seed)
             _check_fit(self.model, self.data, recipe.names)
+            self.begun_with = _begin_with(self.model, recipe["run.weights"]) if fresh and recipe["run.weights"] else None  # digest
             self._needed = {g: getattr(build[g].build, "needs", lambda *_: {})(self.knobs[g], self.data) for g in ("optimizer", *recipe.mechanisms)}
         accumulate = self.knobs["training"].accumulate
         self.boundaries = [-(-b // accumulate) for b in self.data.boundaries]  # steps made when a new task begins
@@ -235,6 +255,7 @@ def replay(recipe: Recipe, tape: Tape | None = None, until: int | None = None) -
 def session(self) -> Session:
     "This run so far, as a record that can be saved, shown as code and replayed."
     made_with = dict(adaptive_lab=__version__, torch=torch.__version__, threads=torch.get_num_threads(), data=data_digest(self.data))
+    made_with |= dict(weights=self.begun_with) if self.begun_with else {}
     return Session(self.recipe, self.tape.before(self.index), self.index, weights_digest(self.model), made_with)
 
 Run.session = session
@@ -260,7 +281,7 @@ def save(self, store: Store, name: str):
     state = dict(
         data=data_digest(self.data), model=model, moving=moving, optimizer=self.optimizer.state_dict(), position=self.position,
         losses=torch.tensor(self.losses, dtype=torch.float64), evaluations=self.evaluations,
-    )
+    ) | (dict(begun_with=self.begun_with) if self.begun_with else {})
     metrics = {k: v for k, v in (self.evaluations or [{}])[-1].items() if k != "step"}
     metrics.update(loss=self.losses[-1]) if self.losses else None
     tape = [[c.step, c.knob, c.value] for c in self.tape]
@@ -272,7 +293,7 @@ def resume(store: Store, name: str, step: int | None = None) -> Run:
     found = [c for c in store.checkpoints(name) if step in (None, c.step)]
     checkpoint = max(found, key=lambda c: c.step, default=None)
     state = store.load(name, checkpoint.step if checkpoint else step)  # raises when there is none
-    run = Run(Recipe.from_dict(checkpoint.recipe), Tape(checkpoint.tape))
+    run = Run(Recipe.from_dict(checkpoint.recipe), Tape(checkpoint.tape), fresh=False)
     if state["data"] != data_digest(run.data):
         raise RecipeError(f"run {name!r} was trained on other data than {run.recipe.names['data']!r} gives now: put the old data back, or train anew")
     for c in run.tape.before(checkpoint.step):
@@ -280,6 +301,7 @@ def resume(store: Store, name: str, step: int | None = None) -> Run:
     getattr(run.model, "restructure", run.model.load_state_dict)({**state["model"], **state.get("moving", {})})  # what was pruned since it was built
     run.optimizer.load_state_dict(state["optimizer"])
     run.position, run.losses, run.evaluations = state["position"], state["losses"].tolist(), state["evaluations"]
+    run.begun_with = state.get("begun_with")
     return run
 
 Run.save, Run.resume = save, staticmethod(resume)
@@ -292,7 +314,7 @@ def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]
             run.save(store, name)
         yield step
 
-# %% ../nbs/16_run.ipynb #0041
+# %% ../nbs/16_run.ipynb #0043
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "Run a recipe (plain data) to its end with that seed: last loss, accuracies, and `forgetting` when there are tasks."
     return measured(recipe, seed)[1]

@@ -23,6 +23,7 @@ class RunKnobs(Knobs):
     seed: int = knob(0, "seed of weights, order of the data and dropout", ge=0, le=2**31 - 1, span=(0, 100), live=False)
     steps: int = knob(5000, "optimizer steps in all", ge=1, le=10**9, span=(1, 20000), live=False)
     eval_every: int = knob(25, "steps between two measurements on the held-out data", ge=1, le=10**6, span=(1, 500))
+    weights: str = knob("", "file of the weights to begin with, .safetensors or .pt; empty for those that the seed makes", live=False)
     threads: int = knob(0, "CPU threads of torch; 0 leaves torch's choice", ge=0, le=1024, span=(0, 16), live=False)
 
 FORMAT = 1

@@ -61,6 +61,8 @@ def _build(self):
     self.colour.observe(lambda _: self.draw(), "value")
     for turn in (self.azimuth, self.elevation):
         turn.observe(lambda _: self._draw_space(), "value")
+    for shown in (self.space, self.azimuth, self.elevation):
+        shown.layout.display = "" if self.front else "none"
     left = w.VBox([self.colour, self.map, w.Box(marks, layout=flow), self.t], layout=dict(flex="3 1 540px"))
     right = w.VBox([*self.decoded, self.space, self.azimuth, self.elevation], layout=dict(flex="2 1 430px"))
     self.root = w.Box([left, right], layout=flow)
@@ -83,7 +85,7 @@ def draw(self):
 def _front(self):
     "Names, directions, values and front of the three metrics that are shown in space; None where there are no three."
     names = [n for n in ("accuracy", "loss", "gap", "weights") if n in self.names]
-    more = [n for n in self.names if n not in names and direction_of(n)]
+    more = [n for n in self.names if n not in names and direction_of(n) and n.split("/")[0] not in names]  # a part of one is no third
     names = ([n for n in names if np.unique(self.atlas.metrics([n])[0]).size > 1] + more)[:3]
     words = {n: direction_of(n) or "maximize" for n in names}
     return (names, words, self.atlas.metrics(names)[0], self.atlas.front(words)) if len(names) == 3 else None

@@ -8,7 +8,6 @@ __all__ = ['KNOBS', 'MOST', 'FIRST', 'SLOW', 'SphereView', 'seen', 'put', 'Spher
 # %% ../../nbs/91_panels.spheres.ipynb #0003
 import math
 import time
-from pathlib import Path
 
 import anywidget
 import ipywidgets as w
@@ -18,6 +17,7 @@ import traitlets
 from ..draw import curves
 from ..durable import write_durably
 from ..knobs import walk
+from .controls import meaning, own_file
 from .picture import STATIC, Picture
 from .training import SHARE, WRAP, TrainingPanel, recipe_of
 from .views import loss_view
@@ -109,7 +109,7 @@ def _lay_out(self, live, fixed):
     at_reset = w.Accordion([w.VBox(fixed)], titles=("At the next reset",))
     self.page_name = w.Text("spheres.html", description="page", style=dict(description_width="3em"), layout=dict(width="15em"))
     export = w.HBox([self.page_name, self._button("Export page", "write the snapshots as one HTML file that needs nothing else", self.export)])
-    right = w.VBox([*shown, at_reset, export, self._make_export()], layout=dict(flex="1 1 300px", max_width="430px"))
+    right = w.VBox([meaning(), *shown, at_reset, export, self._make_export()], layout=dict(flex="1 1 300px", max_width="430px"))
     self.bits = Picture()
     left = w.VBox([self.view, w.Box(self.disks, layout=WRAP), w.Box([self.loss, self.bits], layout=WRAP), w.Box([p for p, _ in self.extra], layout=WRAP)], layout=dict(flex="3 1 700px"))
     self.root = w.VBox([w.Box([*self.buttons.values(), self.n, self.pace], layout=WRAP), self.status, w.Box([left, right], layout=WRAP)])
@@ -254,11 +254,7 @@ def _held_out(self) -> str:
 def export(self):
     "Write the film as a page, beside the notebook; never over a file that this panel did not write."
     def act():
-        path = Path(self.page_name.value.strip() or "spheres.html").expanduser()
-        if path.suffix != ".html" or not path.parent.is_dir():
-            raise ValueError(f"page={str(path)!r} is not allowed: a name that ends in .html, in a folder that is there")
-        if path.exists() and path.resolve() not in self._mine:
-            raise ValueError(f"page={str(path)!r} is there already, and this panel did not write it: choose another name")
+        path = own_file(self.page_name.value or "spheres.html", ".html", self._mine, what="page")
         now = self._moment() or self.film[-1]
         shown = scene_of([*(s for s in self.film if s.step < now.step), now], self.scene.title, before=self.scene)
         write_durably(path, [page(shown, f"{len(shown.snapshots)} snapshots of a run of {now.step} steps").encode()])

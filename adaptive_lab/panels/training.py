@@ -11,7 +11,6 @@ import shlex
 import threading
 import time
 from html import escape
-from pathlib import Path
 from weakref import WeakSet
 
 import ipywidgets as w
@@ -19,7 +18,8 @@ from traitlets import TraitError
 
 from ..knobs import KnobError, walk
 from ..live import Live
-from .controls import alert, button, control, meant, place, same, words
+from .controls import alert, button, control, meaning, meant, own_file, place, same, words
+from .keep import KeepPicture
 from .picture import Picture, Still, still
 from .views import ADVICE, BY_STEP, VIEWS, accuracy_view, advice_html, loss_view
 from ..run import Run
@@ -124,8 +124,8 @@ def _build(self):
 def _lay_out(self, live, fixed):
     "Pictures at the left, controls at the right; below each other on a narrow page."
     at_reset = w.Accordion([w.VBox(fixed)], titles=("At the next reset",))
-    left = w.VBox([self.accuracy, self.advice, w.Box([p for p, _ in self.extra], layout=WRAP), self.loss], layout=dict(flex="3 1 560px"))
-    right = w.VBox([*live, at_reset, self._make_export()], layout=dict(flex="2 1 340px"))
+    left = w.VBox([self.accuracy, self.advice, w.Box([p for p, _ in self.extra], layout=WRAP), self.loss], layout=dict(flex="3 1 430px", min_width="0"))
+    right = w.VBox([meaning(), *live, at_reset, self._make_export()], layout=dict(flex="2 1 300px", min_width="0"))
     box = w.Box([left, right], layout=WRAP)
     self.root = w.VBox([w.Box([*self.buttons.values(), self.n, self.pace], layout=WRAP), self.status, box])
     self.root.add_class("al-panel")
@@ -143,7 +143,7 @@ def _make_export(self):
     self.file = w.Text("session.json", description="file", style=dict(description_width="3em"), layout=dict(width="15em"))
     self.saved = w.HTML()
     row = w.HBox([self.file, self._button("Save", "write recipe and tape as JSON", self.save), self._button("Show Python", "recipe and tape as code", self.show_code)])
-    return w.Accordion([w.VBox([row, self.saved, self.code])], titles=("Export",))
+    return w.Accordion([w.VBox([row, self.saved, self.code, KeepPicture()])], titles=("Export",))
 
 # %% ../../nbs/90_panels.training.ipynb #0016
 def _turned(self, address, value):
@@ -277,13 +277,7 @@ def _enable(self, on: bool):
 def save(self):
     "Write recipe and tape to the file named in the panel, beside the notebook; never over a file that this panel did not write."
     def act():
-        path = Path(self.file.value.strip() or "session.json").expanduser()
-        if path.suffix != ".json":
-            raise ValueError(f"file={str(path)!r} is not allowed: its name must end in .json")
-        if not path.parent.is_dir():
-            raise ValueError(f"file={str(path)!r}: there is no folder {str(path.parent)!r}")
-        if path.exists() and path.resolve() not in self._mine:
-            raise ValueError(f"file={str(path)!r} is there already, and this panel did not write it: choose another name")
+        path = own_file(self.file.value or "session.json", ".json", self._mine)
         save_session(path, self.live.session())
         self._mine.add(path.resolve())
         self.saved.value = f"saved <code>{escape(str(path.resolve()))}</code>; replay it: <code>adaptive-lab replay {escape(shlex.quote(str(path)))}</code>"

@@ -17,10 +17,12 @@ from ..branches import Branches
 from ..branchpictures import difference_html
 from ..durable import StoreError, write_durably
 from ..film import code_html, page
+from .branchmap import BranchMap
 from .compose import Compose
 from .controller import ControllerPanel
-from .controls import alert, button
+from .controls import alert, button, own_file
 from .helps import Helps
+from .keep import KeepPicture
 from .spheres import SpheresPanel
 from .training import PANELS, WRAP, TrainingPanel
 from .travel import Travel
@@ -50,7 +52,8 @@ class Workbench:
         self.compose = Compose(recipe, lambda r: self.put(Run(r)), self.folder / "presets")
         self.travel, self.helps = Travel(self.tree, self.put), Helps(self.recipe)
         self.body, self.message, self._pulse, self._tape = w.VBox(), w.HTML(), None, 0
-        sections = {"Time travel": self.travel.root, "Does it help?": self.helps.root, "Share": self._make_share()}
+        self.map = BranchMap(self.tree, self.recipe, self._save, lambda run: self.put(run, name="decoded"), self.folder / "weights")
+        sections = {"Time travel": self.travel.root, "Map": self.map.root, "Does it help?": self.helps.root, "Share": self._make_share()}
         self.more = w.Accordion([*sections.values()], titles=[*sections])
         self.root = w.VBox([w.Accordion([self.compose.root], titles=("Compose",)), self.message, self.body, self.more])
         self.root.add_class("al-panel")
@@ -63,15 +66,15 @@ class Workbench:
         return Recipe(*now.names.values(), self.panel.live.settings(), now.mechanisms)
 
 # %% ../../nbs/93_panels.workbench.ipynb #0008
-def put(self, run: Run, parent: tuple[str, int] | None = None):
-    "Bring a run onto the page, as a branch of its own or of another. Raises what building its optimizer raises, and then all is as it was."
+def put(self, run: Run, parent: tuple[str, int] | None = None, name: str | None = None):
+    "Bring a run onto the page, as a branch of its own (called by its data, unless named) or of another. Raises what building its optimizer raises, and then all is as it was."
     run.optimizer
     face = FACES.get(run.recipe.names["model"], TrainingPanel)
     old = self.panel
     if old is not None:
         old.pause()
         self._save()
-    self.tree.begin(run, run.recipe.names["data"], parent)
+    self.tree.begin(run, name or run.recipe.names["data"], parent)
     self.panel, self._tape = face(run, self.pace if old is None else old.live.pace, drive=self.tree.kept), len(run.tape)
     self.panel.live.ghost = (old.run.losses, old.run.evaluations) if old is not None and old.run.index and old.run.recipe.names["data"] == run.recipe.names["data"] else None
     self.body.children = [self.panel.root]
@@ -143,7 +146,7 @@ def _make_share(self):
     for text, tip, act, icon in (("Save page", "the film as one HTML file that works without a network", self.save_page, "file"),
                                  ("Save branches", "every branch as recipe and tape, to be replayed: adaptive-lab replay FILE", self.save_branches, "save")):
         buttons.append(button(text, tip, lambda act=act: self._guarded(act), icon))
-    return w.VBox([w.Box([self.title, self.file, *buttons], layout=WRAP), self.shared])
+    return w.VBox([w.Box([self.title, self.file, *buttons], layout=WRAP), self.shared, KeepPicture()])
 
 # %% ../../nbs/93_panels.workbench.ipynb #0014
 def _guarded(self, act):
@@ -154,11 +157,8 @@ def _guarded(self, act):
 
 def _write(self, name: str, suffix: str, text: str) -> Path:
     "Write a file into the bench's folder; never over one that this bench did not write."
-    path = self.folder / Path(name).name
-    if path.suffix != suffix:
-        raise ValueError(f"file={name!r} is not allowed: its name must end in {suffix}")
-    if path.exists() and path.resolve() not in self._mine:
-        raise ValueError(f"file={name!r} is there already, and this bench did not write it: choose another name")
+    self.folder.mkdir(parents=True, exist_ok=True)
+    path = own_file(name, suffix, self._mine, self.folder)
     write_durably(path, [text.encode()])
     self._mine.add(path.resolve())
     return path
@@ -184,7 +184,7 @@ def save_page(self):
 def save_branches(self):
     "Write all branches as recipes and tapes."
     self._save()
-    path = self._write(Path(self.file.value.strip()).stem + ".json", ".json", json.dumps(self.tree.to_dict(), indent=1) + "\n")
+    path = self._write(str(Path(self.file.value.strip()).with_suffix(".json")), ".json", json.dumps(self.tree.to_dict(), indent=1) + "\n")
     self.shared.value = f"saved <code>{escape(str(path.resolve()))}</code>; replay it: <code>adaptive-lab replay {escape(str(path))}</code>"
 
 Workbench.html, Workbench.save_page, Workbench.save_branches = html, save_page, save_branches

@@ -198,6 +198,24 @@ function render({ model, el }) {
     if (set === undefined) toggle(r, c); else ask(r, c, set);
   });
 
+  el.alName = () => model.get("label");
+  el.alSVG = () => {   // the grid as a picture, for whoever saves it
+    const make = (tag, more, text = "") => { const e = document.createElementNS("http://www.w3.org/2000/svg", tag); for (const [k, v] of Object.entries(more)) e.setAttribute(k, v); e.textContent = text; return e; };
+    const all = grid.getBoundingClientRect(), svg = make("svg", { viewBox: `0 0 ${Math.ceil(all.width) + 8} ${Math.ceil(all.height) + 30}`, "aria-label": model.get("label"), "font-family": "system-ui,sans-serif", "font-size": 11,
+      style: "color:var(--jp-ui-font-color1,#222)", fill: "currentColor" });
+    const put = (e, dx = 4, dy = 22) => { const b = e.getBoundingClientRect(); return [b.left - all.left + dx, b.top - all.top + dy, b.width, b.height]; };
+    svg.append(make("text", { x: 8, y: 13, "font-weight": 600 }, model.get("label")));
+    grid.querySelectorAll(".head, .name").forEach((e) => { const [x, y, w, h] = put(e), right = e.classList.contains("name"); svg.append(make("text", { x: right ? x + w - 5 : x + w / 2, y: y + h / 2 + 4, "text-anchor": right ? "end" : "middle", "fill-opacity": 0.7 }, e.textContent)); });
+    cells.forEach((row, r) => row.forEach((cell, c) => {
+      const [x, y, width, height] = put(cell), v = value(r, c), bar = model.get("bars")[r]?.[c];
+      if (v === null) { svg.append(make("rect", { x, y, width, height, rx: 3, fill: "none", stroke: "currentColor", "stroke-opacity": 0.5, "stroke-dasharray": "3 2" })); return; }
+      svg.append(make("rect", { x, y, width, height, rx: 3, fill: "#2f3640" }), make("rect", { x, y: y + height * (1 - v), width, height: height * v, rx: 3, fill: "#4c9fd8" }));
+      if (v > 0 && v < 1) svg.append(make("text", { x: x + width / 2, y: y + height / 2 + 4, "text-anchor": "middle", fill: "#fff" }, v.toFixed(2).slice(1)));
+      if (bar > 0.04) svg.append(make("rect", { x: x + 3, y: y + height - 5, width: (width - 6) * bar, height: 3, fill: "#ffc33b" }));
+    }));
+    return svg;
+  };
+
   model.on("change:gates change:bars change:notes change:label change:scale change:locked", draw);
   model.on("change:heard", hear);
   model.on("change:chosen", choose);

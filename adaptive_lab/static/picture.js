@@ -6,17 +6,30 @@
 //
 // The picture also guards its panel: JupyterLab runs its shortcuts for every key pressed in an output (a and b insert
 // cells, the arrows move between them) unless the focused element itself is marked. A mark on a parent does not help,
-// so each focusable element of the panel is marked, those added later as well.
+// so each focusable element of the panel is marked, those added later as well. And it tells, in the panel's line of meanings, what the control
+// that is pointed at or has the focus is for.
 const FOCUSABLE = "a[href], button, input, select, textarea, summary, [tabindex], [contenteditable]";
 const MARK = "data-lm-suppress-shortcuts";
+
+// What a control means: its name, and the tooltip that it was given.
+function told(e) {
+  const control = e.closest?.(".widget-inline-hbox"), name = [...(control?.querySelectorAll(".widget-label, .widget-label-basic") ?? [])].map((x) => x.textContent.trim()).find(Boolean);
+  const tip = [control, ...(control?.querySelectorAll("[title]") ?? [])].map((x) => x?.getAttribute("title")).find((t) => t && t !== "null" && t !== name);
+  return tip && name ? `${name}: ${tip}` : "";
+}
 
 function guard(root) {
   if (root.dataset.alGuarded) return;
   root.dataset.alGuarded = "true";
   const mark = () => root.querySelectorAll(FOCUSABLE).forEach((e) => {
     if (e.getAttribute(MARK) !== "true") e.setAttribute(MARK, "true");
+    if (e.getAttribute("role") === "slider" && !e.hasAttribute("aria-label")) e.setAttribute("aria-label", told(e));
   });
   mark();
+  for (const what of ["focusin", "pointerover"]) root.addEventListener(what, (event) => {
+    const line = root.querySelector(".al-meaning .widget-html-content"), text = told(event.target);
+    if (line && text && line.textContent !== text) line.textContent = text;
+  });
   new MutationObserver(mark).observe(root, { subtree: true, childList: true, attributes: true, attributeFilter: ["tabindex", "contenteditable"] });
 }
 
@@ -34,7 +47,7 @@ function mourn(el) {
 
 function render({ model, el }) {
   el.classList.add("al-live");
-  const draw = () => { el.innerHTML = model.get("svg"); };
+  const draw = () => { el.innerHTML = model.get("svg"); if (el.firstElementChild) el.firstElementChild.style.height = "auto"; };   // narrower than it was made for, it keeps its shape
   const gone = () => mourn(el);
   model.on("change:svg", draw);
   model.on("comm_live_update", gone);

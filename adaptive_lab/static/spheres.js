@@ -553,6 +553,33 @@ function render({ model, el }) {
   canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
   canvas.addEventListener("webglcontextrestored", () => { paint = glPainter(canvas) ?? paint; look(); });
 
+  el.alName = () => scene?.title ?? "";
+  el.alSVG = () => {   // what is shown, as a picture, for whoever saves it
+    const make = (tag, more, text = "") => { const e = document.createElementNS("http://www.w3.org/2000/svg", tag); for (const [k, v] of Object.entries(more)) e.setAttribute(k, v); e.textContent = text; return e; };
+    const w = stage.clientWidth, h = stage.clientHeight, { wires, trails: ways, sprites, halos: balls, marks } = compose(), k = (LENS * zoom * Math.min(w, h)) / 2, circles = wire(6, 5, 40);
+    const css = ([r, g, b]) => `rgb(${[r, g, b].map((v) => Math.round(255 * v))})`, fixed = (x) => x.toFixed(1), at = ([x, y, z]) => [w / 2 + (k * x) / (EYE - z), h / 2 - (k * y) / (EYE - z)].map(fixed).join(" ");
+    const svg = make("svg", { viewBox: `0 0 ${w} ${h}`, "aria-label": scene.title, "font-family": "system-ui,sans-serif", "font-size": 11, style: "color:var(--jp-ui-font-color1,#222)", fill: "currentColor" });
+    const stroke = (color, opacity) => ({ fill: "none", stroke: css(color), "stroke-opacity": opacity });
+    const dot = ([x, y, z, radius, r, g, b, shape]) => {
+      const size = (radius * k) / (EYE - z), [cx, cy] = at([x, y, z]).split(" "), look = shape === MARK || shape === HALO ? { ...stroke([r, g, b], 1), "stroke-width": shape === MARK ? 3 : 0.5 } : { fill: css([r, g, b]), "fill-opacity": fixed(0.5 + 0.25 * (z + 1)) };
+      svg.append(shape === 1 ? make("path", { d: `M${cx} ${cy}m0 ${fixed(-size)}l${fixed(size)} ${fixed(size)}l${fixed(-size)} ${fixed(size)}l${fixed(-size)} ${fixed(-size)}z`, ...look }) : make("circle", { cx, cy, r: fixed(size), ...look }));
+    };
+    balls.forEach(dot);
+    for (const [size, color] of wires) for (const front of [false, true]) {
+      let d = "";
+      for (let i = 0; i < circles.length; i += 6) {
+        const [a, b] = [0, 3].map((o) => apply(turn, circles.subarray(i + o, i + o + 3)));
+        if (a[2] + b[2] > 0 === front) d += `M${at(a.map((v) => v * size))}L${at(b.map((v) => v * size))}`;
+      }
+      svg.append(make("path", { d, ...stroke(color, front ? 0.5 : 0.16) }));
+    }
+    for (const [places, color] of ways) svg.append(make("path", { d: places.map((p, i) => `${i ? "L" : "M"}${at(apply(turn, p))}`).join(""), ...stroke(color, 0.8) }));
+    sprites.forEach(dot);
+    marks.forEach(dot);
+    for (const e of names.children) { const [, x, y] = /translate\(([-\d.]+)px, *([-\d.]+)px\)/.exec(e.style.transform) ?? [0, 0, 0]; svg.append(make("text", { x, y: Number(y) + 11 }, e.textContent)); }
+    return svg;
+  };
+
   const sized = new ResizeObserver(() => look()), watched = new IntersectionObserver((list) => { shown = list.at(-1).isIntersecting; look(); });
   sized.observe(stage);
   watched.observe(stage);
