@@ -22,7 +22,8 @@ from .cells import one_thread
 from .controller.model import AdaptiveTransformer
 from .data.files import split_tail
 from .data.text import Text, text_bytes
-from .run import seeded, step_seed
+from .rng import seeded
+from .run import step_seed
 from .sampling import at_rest
 from .wubu.ablations import ablated
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import rng
 from .cells import one_thread, tiny_is_zero
 from .data.digits import digit_arrays, hold_out, permuted_tasks, rotated_tasks, split_tasks
 from .data.streams import Task, seeded
@@ -208,8 +209,7 @@ def build_optimizer(name: str, values: dict, net: Network) -> torch.optim.Optimi
 # %% ../nbs/75_continual.ipynb #0024
 def build_network(knobs: Protocol, inputs: int, classes: int, seed: int) -> Network:
     "The perceptron of a protocol; the same from the same seed."
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with rng.seeded(seed):
         model = perceptron([inputs] + [knobs.hidden] * knobs.depth + [classes])
         for m in model.modules() if knobs.init == "xavier" else ():
             if isinstance(m, nn.Linear):

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import rng
 from .cells import one_thread
 from .data.streams import DataError, seeded
 from .data.text import Text, text_bytes
@@ -114,8 +115,7 @@ class Speller(nn.Sequential):
     "The next letter's logits from the letters before."
 
     def __init__(self, knobs: Diversity, seed: int):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with rng.seeded(seed):
             hidden = nn.Linear(knobs.context * knobs.embedding, knobs.hidden)
             super().__init__(nn.Embedding(LETTERS, knobs.embedding), nn.Flatten(-2), hidden, nn.ReLU(), nn.Linear(knobs.hidden, LETTERS))
 

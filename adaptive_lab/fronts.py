@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import rng
 from .controller.masks import TableLosses, all_losses, front_of, mask_of
 from .controller.model import AdaptiveTransformer
 from .data.dialects import dialect_bytes
@@ -113,8 +114,7 @@ def held_out(member: Member) -> tuple[Tensor, Tensor]:  # (windows, context) eac
 def trained(member: Member) -> AdaptiveTransformer:
     "The model of a member, trained, in evaluation mode."
     text = dialect_bytes(member.form, member.source, member.limit)[0]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(member.seed)
+    with rng.seeded(member.seed):
         m = AdaptiveTransformer(member.layers, member.heads, member.dim, member.context)
     adam = torch.optim.Adam(m.parameters(), member.lr)
     for _ in train(m, adam, Windows(text, member.context, member.batch, member.seed), steps=member.steps):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import cross_entropy
 
+from . import rng
 from .controller.costs import flops, parameters
 from .controller.edits import after, edit, gates_of
 from .controller.measures import attention_entropy
@@ -45,7 +46,7 @@ def leave_one_out(model: AdaptiveTransformer, parts: list, x, y) -> list[float]:
 # %% ../nbs/84_gatewatch.ipynb #0007
 def whole(model: AdaptiveTransformer) -> AdaptiveTransformer:
     "A model of the same sizes from which nothing was removed; its weights do not matter."
-    with torch.random.fork_rng(devices=[]):
+    with rng.kept():
         return AdaptiveTransformer(model.num_layers, model.num_heads, model.dim, model.context, model.hidden).to(model.bytes.weight.device)
 
 # %% ../nbs/84_gatewatch.ipynb #0010

@@ -11,6 +11,7 @@ from math import isqrt, prod
 import torch
 from torch import nn
 
+from . import rng
 from .knobs import Knobs, knob
 from .parts import part
 
@@ -39,8 +40,7 @@ def mlp(
     seed: int,  # the same seed gives the same weights
 ) -> nn.Sequential:
     "A multilayer perceptron for `data`, on the processor, initialised from `seed` alone."
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with rng.seeded(seed):
         return perceptron([prod(data.inputs)] + [knobs.hidden] * knobs.depth + [data.classes])
 
 # %% ../nbs/09_models.ipynb #0015
@@ -61,8 +61,7 @@ def cnn(
     if side * side != prod(data.inputs):
         raise ValueError(f"a sample of shape {tuple(data.inputs)} is no square picture of one channel: take model 'mlp'")
     widths = [1, knobs.channels] + [2 * knobs.channels] * (knobs.blocks - 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with rng.seeded(seed):
         layers = [nn.Flatten(), nn.Unflatten(1, (1, side, side))]
         for a, b in zip(widths, widths[1:]):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]

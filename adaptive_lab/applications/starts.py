@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from .. import rng
 from .ensembles import soup
 from .trials import Looked, look, pools, probe_labels
 from ..data.streams import seeded
@@ -114,8 +115,7 @@ SHRINK, PERTURB, MIXED, POINTS = 0.4, 0.1, 4, 9  # of the best checkpoint; membe
 
 def fresh(judge: Evaluator, seed: int) -> State:
     "Random weights of the architecture; torch's generator is left as it was."
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with rng.seeded(seed):
         model = judge.build()
         for m in model.modules():
             if hasattr(m, "reset_parameters"):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import rng
 from .figures import Figure, Report
 from ..controller.growth import BACKWARD, Choice, Policy, bring_back, choose, learn, lesson, neighbours, top
 from ..controller.masks import losses_of
@@ -51,8 +52,7 @@ def text(dialect: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
 # %% ../../nbs/95_bench.growth.ipynb #0007
 def learnt(seed: int, tasks: list[tuple[str, str]], steps: int) -> AdaptiveTransformer:
     "A model that learnt all tasks at once."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(seed):
         m = AdaptiveTransformer(3, 8, 32, CONTEXT)
     streams = [Windows(text(t)[0], CONTEXT, 2, 100 * seed + i) for i, t in enumerate(tasks)]
     mixed = [tuple(map(torch.cat, zip(*(w[i] for w in streams)))) for i in range(steps)]

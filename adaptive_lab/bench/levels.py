@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import rng
 from .figures import Figure, Report, in_turn
 from ..cells import one_thread
 from ..data.tree import class_tree
@@ -79,8 +80,7 @@ def dead_tensors(cases: int) -> tuple[int, int]:
     "Dead tensors, and how many there were, over so many configurations."
     rng, dead, seen = np.random.default_rng(0), 0, 0
     for case in range(cases):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(case)
+        with rng.seeded(case):
             model, x = WuBuLevels(random_config(rng), 6, Flat if case % 4 == 0 else Hyperbolic), torch.randn(9, 6)
             out = model(x)
             (out * torch.randn_like(out)).sum().backward()
@@ -92,8 +92,7 @@ def dead_tensors(cases: int) -> tuple[int, int]:
 def costs(turns: int, vectors: int = 2000) -> list[Figure]:
     "Time of the levels and its ratio to the plain network's and the Euclidean twin's."
     x, rows = torch.randn(vectors, 256, generator=torch.Generator().manual_seed(0)), []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with rng.seeded(0):
         models = {what: ablated(WuBuConfig(), what, 256) for what in ("", "mlp", "euclidean")}
     timed = {what: partial(cpu_seconds, lambda model=model: model(x).square().sum().backward()) for what, model in models.items()}
     for what in ("mlp", "euclidean"):
@@ -149,8 +148,7 @@ def read(what: str | None, seed: int, rate: float, steps: int, patience: int = 6
     "Loss on the choosing classes at its best, and on the reported ones at that step."
     data = names()
     train, choose, report = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed)).tensor_split(torch.tensor([0.6, 0.8]).mul(len(data.x)).long())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(seed):
         model = Reader(what, data.y.shape[1])
         adam, best, at = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01), (float("inf"), float("inf")), 0
         for step in range(1, steps + 1):

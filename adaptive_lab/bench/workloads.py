@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import rng
 from ..data.digits import digit_arrays, hold_out
 from ..data.fetch import local_path
 from ..data.tables import read_npz
@@ -163,8 +164,7 @@ def measure(recipe: dict, seed: int) -> dict[str, float]:
     recipe = dict(recipe)
     work, part = WORKLOADS[recipe.pop("workload")], recipe.pop("tested_on")
     steps, at = recipe.pop("steps", work.steps), recipe.pop("at", [])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.seeded(seed):
         model = work.model()
         r = rival(params=model.parameters(), horizon=steps, seed=seed, **recipe)
         return _trained(work, model, r, steps, at, part, seed)

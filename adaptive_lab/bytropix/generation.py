@@ -13,6 +13,7 @@ from typing import Iterator
 import numpy as np
 import torch
 
+from .. import rng
 from .config import ByteModelConfig
 from .model import ByteModel
 from .stepper import stepper
@@ -135,7 +136,7 @@ def load_model(path) -> ByteModel:
     if recipe.get("model") != "byte_model":
         raise ValueError(f"{where} is of a model {recipe.get('model')!r}: only a byte_model generates here")
     given = {name.partition(".")[2]: v for name, v in recipe["knobs"].items() if name.startswith("model.")}
-    with torch.random.fork_rng(devices=[]):
+    with rng.kept():
         model = ByteModel(ByteModelConfig(**{name: v for name, v in given.items() if name in ByteModelConfig.model_fields}))
     try:
         state = store.load(found.run, found.step)["model"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import rng
 from .config import ByteModelConfig, fitted_rule
 from .model import ByteModel
 from ..knobs import KnobError, knob
@@ -42,8 +43,7 @@ def byte_model(
         raise ValueError("a byte model needs a text: data 'text', or a stream of windows with `.bytes`")
     if data.inputs[0] > knobs.context_window:
         raise KnobError(f"windows of {data.inputs[0]} bytes do not fit context_window={knobs.context_window}: give model.context_window={data.inputs[0]}")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with rng.seeded(seed):
         model = ByteModel(knobs, fitted_rule(knobs, text))
     for name in TURNS:
         turn(model, name, getattr(knobs, name))

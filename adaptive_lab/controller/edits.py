@@ -11,6 +11,7 @@ import re
 import numpy as np
 import torch
 
+from .. import rng
 from .model import AdaptiveTransformer
 from ..knobs import KnobError, Knobs, knob
 from ..parts import part
@@ -63,8 +64,7 @@ def adaptive_transformer(
     "The model for windows of bytes, initialised from `seed` alone. Raises `ValueError` for other data."
     if len(data.inputs) != 1 or data.classes != 256:
         raise ValueError(f"samples of shape {tuple(data.inputs)} in {data.classes} classes are no windows of bytes: take data 'text'")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with rng.seeded(seed):
         m = AdaptiveTransformer(knobs.num_layers, knobs.num_heads, knobs.dim, data.inputs[0], dropout=knobs.dropout)
     edit(m, knobs.edit)
     return m
@@ -110,7 +110,7 @@ def after(
 ) -> dict[tuple, float | None]:
     "The gates after an edit, without a model. Raises `ValueError` when it cannot be carried out."
     layers, heads = 1 + max(layer for layer, _ in gates), sum(p[0] == 0 for p in gates) - 2
-    with torch.random.fork_rng(devices=[]):
+    with rng.kept():
         small = AdaptiveTransformer(layers, heads, heads, 1, 1)
     edit(small, edit_between(gates_of(small), gates))
     edit(small, text)

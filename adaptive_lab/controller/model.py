@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import rng
 from .states import check_pruning, check_state, check_tensors, fitting, no_state, sizes_in
 from .surgery import Place, cut, graft
 from ..transformer import Block, KVCache
@@ -343,7 +344,7 @@ AdaptiveTransformer.load_state_dict = load_state_dict
 # %% ../../nbs/32_controller.model.ipynb #0036
 def from_state(cls, state: dict[str, Tensor], dropout: float = 0.0) -> "AdaptiveTransformer":
     "A model with this state (which knows no dropout), pruned as it is and of its dtypes. Raises `ValueError` when it is no state of an adaptive transformer."
-    with torch.random.fork_rng(devices=[]):  # reading draws no random number
+    with rng.kept():  # reading draws no random number
         model = cls(**sizes_in(state), dropout=dropout)
     for name, t in model.state_dict(keep_vars=True).items():
         if t.is_floating_point() and name in state and state[name].is_floating_point():

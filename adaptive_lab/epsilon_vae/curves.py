@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .. import rng
 from ..data.streams import seeded
 from .paths import Pair, Path
 from .repair import blend, repair
@@ -112,7 +113,7 @@ def bent(
     path, model = curve(a, bends, b, knobs.shape), pair.evaluator.build().train()
     optimizer = torch.optim.Adam([x for s in bends for x in s.values()], lr=knobs.lr)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, knobs.steps)
-    with torch.random.fork_rng(devices=[]):
+    with rng.kept():
         torch.manual_seed(knobs.seed)  # for dropout
         for i, (X, goal) in zip(range(knobs.steps), lessons(pair, labelled, knobs)):
             t = seeded(knobs.seed, "place", i).random()

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .. import rng
 from .tokens import FEATURES, Tokens, addresses, batch_of, from_tokens, masked_error, tokens_of
 from .training import answers, behaviour_loss, descend
 from .vae import MetricPredictor, divergence, two_layers
@@ -64,8 +65,7 @@ class TokenVAE(nn.Module):
     def __init__(self, knobs: TokenSizes):
         super().__init__()
         k = self.knobs = knobs
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(k.seed)
+        with rng.seeded(k.seed):
             self.embedder = two_layers(k.width + FEATURES, k.hidden_dim, k.hidden_dim)
             self.of_token = nn.Linear(k.hidden_dim, k.token_latent)
             self.pool = StreamingAttentionPool(k.hidden_dim, k.heads)

@@ -12,6 +12,7 @@ __all__ = ['BLOCKS', 'FAR', 'VAE', 'equal_blocks', 'WeightBlockEmbedder', 'two_l
 import torch
 from torch import Tensor, nn
 
+from .. import rng
 from ..pareto import pareto_front
 from ..knobs import Knobs, knob, knobs_from
 
@@ -94,7 +95,7 @@ class EpsilonVAE(nn.Module):
         super().__init__()
         self.knobs = knobs
         self.by_blocks(equal_blocks(knobs.checkpoint_dim))
-        with torch.random.fork_rng(devices=[]):
+        with rng.kept():
             torch.default_generator.manual_seed(knobs.seed + 1)
             self.predictor = MetricPredictor(knobs.latent_dim, knobs.hidden_dim, knobs.n_metrics)
             self.decoder = CheckpointDecoder(knobs.latent_dim, knobs.hidden_dim, knobs.checkpoint_dim)
@@ -110,8 +111,7 @@ class EpsilonVAE(nn.Module):
         if sum(lengths) != self.knobs.checkpoint_dim or min(lengths) < 1:
             raise ValueError(f"lengths sum to {sum(lengths)}, and checkpoint_dim is {self.knobs.checkpoint_dim}: give the sizes of all tensors")
         dim = max(8, self.knobs.hidden_dim // 8)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.knobs.seed)
+        with rng.seeded(self.knobs.seed):
             self.embedder = WeightBlockEmbedder(lengths, dim)
             self.encoder = CheckpointEncoder(len(lengths), dim, self.knobs.hidden_dim, self.knobs.latent_dim)
         return self

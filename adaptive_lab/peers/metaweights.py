@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .. import rng
 from ..data.digits import hold_out
 from ..data.streams import seeded
 from ..knobs import Knobs, knob
@@ -42,8 +43,7 @@ def balanced_rows(y: Tensor, many: int, seed: int) -> Tensor:  # about (many,)
 def fresh(model: nn.Module, seed: int) -> nn.Module:
     "A network of the same form; its first weights follow from the seed alone."
     twin = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with rng.seeded(seed):
         for layer in twin.modules():
             getattr(layer, "reset_parameters", lambda: None)()
     return twin

@@ -9,6 +9,7 @@ __all__ = ['OFF', 'PlainLevels', 'parameters', 'matched', 'ablated']
 import torch
 from torch import Tensor, nn
 
+from .. import rng
 from .landmarks import Flat
 from .levels import WuBuConfig, WuBuLevels
 from .maps import mlp
@@ -43,7 +44,7 @@ def parameters(model: nn.Module) -> int:
 def matched(config: WuBuConfig, input_dim: int) -> PlainLevels:
     "A plain network with as many parameters as the levels, to half a step of its hidden width."
     make = lambda hidden: PlainLevels(config.hyperbolic_dims, input_dim, hidden, config.dropout)
-    with torch.random.fork_rng(devices=[]):  # made to be counted
+    with rng.kept():  # made to be counted
         wanted, one, two = map(parameters, (WuBuLevels(config, input_dim), make(1), make(2)))
     return make(max(1, round(1 + (wanted - one) / (two - one))))
 
