@@ -73,10 +73,13 @@ def check(model: ByteModel, name: str, value: str):
     read_levels(name, value, model.config)
 
 def turn(model: ByteModel, name: str, value: str, optimizer=None):
-    "A live knob was turned."
+    "A live knob was turned; what the optimizer keeps in the weights' own units turns with them."
     for i, v in enumerate(read_levels(name, value, model.config)):
         if v is not None:
             getattr(model.levels, TURNS[name])(i, v)
+            raw = getattr(model.levels.levels[i], TURNS[name].removeprefix("set_")).raw
+            for copy in getattr(optimizer, "copies", ()):
+                optimizer.state.get(raw, {}).get(copy, raw).data.copy_(raw.data)
 
 byte_model.check, byte_model.turn = check, turn
 
