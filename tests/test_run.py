@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from adaptive_lab.live import Live
 from adaptive_lab.run import Run, replay, saved, weights_digest
 from adaptive_lab.store import Store
 from adaptive_lab.tape import Change, Recipe, RecipeError, Session, Tape, load_session, save_session
+from adaptive_lab.tensorfile import save_state
 from adaptive_lab.training import NonFiniteLoss
 
 SHORT = {"data.steps_per_task": 20, "run.steps": 100, "run.eval_every": 10, "model.hidden": 16, "optimizer.warmup_steps": 10}
@@ -227,3 +229,65 @@ def test_steps_asked_for_twice_are_made_twice():
     while live.run.index < 60 and live.state == "running":
         live.wait()
     assert live.state == "paused" and live.run.index == 60
+
+
+def test_a_run_replays_though_others_are_built_beside_it():
+    "Threads that build models, and put torch's generator back, do not change the dropout of a step that is under way."
+    sizes = {"num_layers": 1, "num_heads": 2, "dim": 16, "dropout": 0.5}
+    recipe = Recipe("dialect", "adaptive_transformer", "adam", {f"model.{k}": v for k, v in sizes.items()} | {"run.steps": 40, "run.threads": 1, "run.eval_every": 40, "data.limit": 20_000})
+    alone = replay(recipe).session().weights
+    ended = threading.Event()
+
+    def disturb():
+        while not ended.is_set():
+            Run(recipe)
+
+    others = [threading.Thread(target=disturb) for _ in range(2)]
+    for t in others:
+        t.start()
+    together = [replay(recipe).session().weights for _ in range(2)]
+    ended.set()
+    for t in others:
+        t.join()
+    assert together == [alone, alone]
+
+
+@pytest.fixture
+def taught(tmp_path):
+    "A file of weights that digits were learnt with."
+    run = replay(Recipe("digits", "mlp", "adam", {"run.steps": 30, "run.threads": 1}))
+    save_state(tmp_path / "taught.safetensors", run.model.state_dict())
+    return run, tmp_path / "taught.safetensors"
+
+
+def begun(file, **knobs):
+    return Recipe("digits", "mlp", "adam", {"run.weights": str(file), "run.steps": 20, "run.threads": 1} | knobs)
+
+
+def test_a_run_begins_with_given_weights(taught, tmp_path):
+    run, file = taught
+    torch.save(run.model.state_dict(), tmp_path / "taught.pt")
+    save_state(tmp_path / "whole.safetensors", {"model": run.model.state_dict(), "step": 30})
+    for path in (file, tmp_path / "taught.pt", tmp_path / "whole.safetensors"):
+        assert weights_digest(Run(begun(path)).model) == weights_digest(run.model)
+    first = replay(begun(file)).session()
+    assert first.weights == replay(begun(file)).session().weights and first.made_with["weights"] == weights_digest(run.model)
+
+
+def test_weights_that_do_not_fit_are_refused(taught, tmp_path):
+    _, file = taught
+    (tmp_path / "torn.safetensors").write_bytes(file.read_bytes()[:200])
+    save_state(tmp_path / "list.safetensors", [torch.zeros(3)])
+    for recipe in (begun(tmp_path / "none.safetensors"), begun(tmp_path / "torn.safetensors"), begun(tmp_path / "list.safetensors"), begun(file, **{"model.hidden": 7})):
+        with pytest.raises(RecipeError, match="run.weights=.*cannot be what this model begins with"):
+            Run(recipe)
+
+
+def test_a_checkpoint_needs_no_file_of_weights(taught, tmp_path):
+    "What was committed is not lost with the file that the run began with."
+    _, file = taught
+    store, run = Store(tmp_path / "store"), Run(begun(file)).advance(10)
+    run.save(store, "on")
+    file.unlink()
+    assert Run.resume(store, "on").advance().session().weights == run.advance().session().weights
+    assert Run.resume(store, "on").session().made_with["weights"] == run.begun_with
