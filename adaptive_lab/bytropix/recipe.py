@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'ByteKnobs', 'byte_model', 'read_levels', 'check', 'turn', 'measure', 'common_words', 'locate',
-           'named_points']
+           'named_points', 'follow']
 
 # %% ../../nbs/64_bytropix.recipe.ipynb #0003
 import math
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .. import rng
 from .config import ByteModelConfig, fitted_rule
 from .model import ByteModel
+from .patching import patch_ids
 from ..knobs import KnobError, knob
 from ..parts import part
 from ..sampling import at_rest
@@ -126,3 +127,19 @@ def named_points(self) -> list[tuple[list[str], Tensor, str]]:
     return [(words, torch.cat([p[i] for p in places]), "word") for i in range(len(self.config.hyperbolic_dims))] if words else []
 
 ByteModel.locate, ByteModel._places, ByteModel.named_points = locate, _places, named_points
+
+# %% ../../nbs/64_bytropix.recipe.ipynb #0013
+def follow(self, text: bytes) -> tuple[list[bytes], list[Tensor]]:  # patches, and per level (patches, n)
+    "The patches of a text (its last context_window bytes), and the tangent coordinates of each in each level. Raises `ValueError` if it is empty."
+    if not text:
+        raise ValueError("the text is empty: give at least one byte")
+    text = text[-self.context :]
+    x = torch.tensor([list(text)], device=self.memory.weight.device)
+    with at_rest(self):
+        e, _ = self.stream(x)
+        ids = patch_ids(self.patches(x))
+        states = self.levels.states(self.pool(e, ids, int(ids.max()) + 1)[0])
+    ends = [0, *(ids[0].diff().nonzero()[:, 0] + 1).tolist(), len(text)]
+    return [text[a:b] for a, b in zip(ends, ends[1:])], states
+
+ByteModel.follow = follow

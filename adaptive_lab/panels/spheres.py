@@ -17,12 +17,13 @@ import traitlets
 from ..draw import curves
 from ..durable import write_durably
 from ..knobs import walk
+from ..textpictures import letters
 from .controls import meaning, own_file
 from .picture import STATIC, Picture
 from .training import SHARE, WRAP, TrainingPanel, recipe_of
 from .views import loss_view
 from ..spherepictures import disk_svg, spheres_svg
-from ..spherewatch import joined, levels_of, measured
+from ..spherewatch import joined, levels_of, measured, reading
 from ..spheres import LEVEL_COLORS, Level, Scene, Snapshot, moment, neighbours, page, placed, plain, scene_of
 
 # %% ../../nbs/91_panels.spheres.ipynb #0005
@@ -32,9 +33,9 @@ class SphereView(anywidget.AnyWidget):
     "Nested spheres that can be turned: give it a `Scene` by `show`. Observe `turn` and `search` to hear of `asked` and `typed`."
 
     _esm = STATIC / "spheres.js"
-    scene, now, found = (traitlets.Dict().tag(sync=True) for _ in range(3))
+    scene, now, found, reading = (traitlets.Dict().tag(sync=True) for _ in range(4))
     data, now_data = (traitlets.Bytes(b"").tag(sync=True) for _ in range(2))
-    live, locked = (traitlets.Bool(False).tag(sync=True) for _ in range(2))
+    live, locked, read = (traitlets.Bool(False).tag(sync=True) for _ in range(3))
     asked = traitlets.List(traitlets.List()).tag(sync=True)
     turn, heard, search = (traitlets.Int(0).tag(sync=True) for _ in range(3))
     typed = traitlets.Unicode("").tag(sync=True)
@@ -95,7 +96,7 @@ class SpheresPanel(TrainingPanel):
         if self._of is not self.run:
             self._of, self.film, self.scene, self.every, self._near = self.run, [], None, FIRST, None
             self._named, self._places = None, None  # what was measured last: named points, places of the text
-            self._looked, self._cost, self._at = (dict.fromkeys(("words", "text"), v) for v in (-1, 0.0, -math.inf))  # at which step, seconds it took, when
+            self._looked, self._cost, self._at = (dict.fromkeys(("words", "text", "reading"), v) for v in (-1, 0.0, -math.inf))  # at which step, seconds it took, when
             self._asked, self._wish, self._sending, self._next = {}, {}, False, 0  # (level, knob) -> (value, steps made when it was asked for); the page's wishes
 
 # %% ../../nbs/91_panels.spheres.ipynb #0017
@@ -105,10 +106,11 @@ def _lay_out(self, live, fixed):
     self.view, self.disks = SphereView(live=True), [Picture() for _ in self.run.model.levels.c]
     self.view.observe(lambda _: self._at_home(self._wished), "turn")
     self.view.observe(lambda _: self._at_home(self._typed), "search")
+    self.view.observe(lambda _: self._at_home(self._read_along), "read")
     shown = [c for c in live if c not in [self.controls[a] for a in KNOBS.values()]]
     at_reset = w.Accordion([w.VBox(fixed)], titles=("At the next reset",))
     self.page_name = w.Text("spheres.html", description="page", style=dict(description_width="3em"), layout=dict(width="15em"))
-    export = w.HBox([self.page_name, self._button("Export page", "write the snapshots as one HTML file that needs nothing else", self.export)])
+    export = w.Box([self.page_name, self._button("Export page", "write the snapshots as one HTML file that needs nothing else", self.export)], layout=WRAP)
     right = w.VBox([meaning(), *shown, at_reset, export, self._make_export()], layout=dict(flex="1 1 300px", max_width="430px"))
     self.bits = Picture()
     left = w.VBox([self.view, w.Box(self.disks, layout=WRAP), w.Box([self.loss, self.bits], layout=WRAP), w.Box([p for p, _ in self.extra], layout=WRAP)], layout=dict(flex="3 1 700px"))
@@ -203,6 +205,33 @@ def _typed(self):
     self._measure(soon=True)
 
 # %% ../../nbs/91_panels.spheres.ipynb #0026
+READ = 6.0  # seconds between two windows of text at least
+
+def _read_along(self):
+    "Have the window of the moment looked for, if the page reads along and it is time for another."
+    now = time.perf_counter()
+    if not self.view.read or self._looked["reading"] == self.run.index or now - self._at["reading"] < max(READ, self._cost["reading"] / SHARE):
+        return
+    self._at["reading"] = now
+    def look(run):
+        begun = time.thread_time()
+        return run, run.index, reading(run), time.thread_time() - begun
+    self.live.between(look).add_done_callback(lambda f: self._at_home(self._window, f))
+
+# %% ../../nbs/91_panels.spheres.ipynb #0027
+def _window(self, future):
+    "It was looked for."
+    if future.exception() is not None or future.result()[0] is not self.run or self.scene is None:
+        return
+    _, index, found, cost = future.result()
+    self._looked["reading"], self._cost["reading"] = index, cost
+    if found is None:
+        self.view.reading = dict(step=index, patches=[], levels=[])
+        return
+    levels = [placed(v, axes).round(5).tolist() for v, axes in zip(found[1], self.scene.axes)]
+    self.view.reading = dict(step=index, patches=["".join(letters(p)) for p in found[0]], levels=levels)
+
+# %% ../../nbs/91_panels.spheres.ipynb #0029
 def _wished(self):
     "The page asks for other numbers."
     self._wish |= {(level, key): float(value) for level, key, value in self.view.asked}
@@ -231,11 +260,12 @@ def _enable(self, on: bool):
     TrainingPanel._enable(self, on)
     self.view.locked = not on
 
-# %% ../../nbs/91_panels.spheres.ipynb #0027
+# %% ../../nbs/91_panels.spheres.ipynb #0030
 def draw(self, leave=frozenset()):
     "Renew the pictures, those that change slowly unless there is something to leave, and the status line."
     self._fresh()
     self._measure()
+    self._read_along()
     self._show_spheres()
     if self.scene is not None and (not leave or not self.loss.svg or self.live.state != "running"):
         self.loss.svg, self.bits.svg, levels = loss_view(self.live, 450), self._held_out(), self._moment().levels
@@ -245,7 +275,7 @@ def draw(self, leave=frozenset()):
             self.disks[i].svg = disk_svg(levels[i], f"level {i}", LEVEL_COLORS[i % len(LEVEL_COLORS)], self.scene.axes[i], 260, labels=0)
     self._say()
 
-# %% ../../nbs/91_panels.spheres.ipynb #0028
+# %% ../../nbs/91_panels.spheres.ipynb #0031
 def _held_out(self) -> str:
     "Bits per byte on held-out text, where the model measures them."
     found = [e for e in self.run.evaluations if "bits" in e]
@@ -266,5 +296,5 @@ def _pictures(self) -> list[str]:
     "What stays in the file."
     return [*([spheres_svg(self.scene, -1)] if self.scene else ()), *(p.svg for p in (*self.disks, self.loss, self.bits))]
 
-for f in (_lay_out, _moment, _show_spheres, _keep_moment, _show_found, _measure, _measured, _typed, _wished, _sent, _fixed, _enable, draw, _held_out, export, _pictures):
+for f in (_lay_out, _moment, _show_spheres, _keep_moment, _show_found, _measure, _measured, _typed, _read_along, _window, _wished, _sent, _fixed, _enable, draw, _held_out, export, _pictures):
     setattr(SpheresPanel, f.__name__, f)

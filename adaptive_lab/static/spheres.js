@@ -13,12 +13,18 @@
 // search    integer  goes up with each text
 // found     object   text, note, levels: places (each 3 tangent coordinates) and near ([name, distance, which place]) a level
 // locked    bool     the run cannot be changed
+// read      bool     the page reads along, and wants windows of the text
+// reading   object   step, patches (each a string), levels (each a list of places, 3 tangent coordinates a patch): the window that was learnt from last
 //
 // A point is drawn at tanh(sqrt(c) s |v|) of its sphere's radius, a sphere at tanh(sqrt(c) s) of the one around it: the page knows c and s of
 // each moment, so a slider is seen in the next frame, before the kernel has heard of it. The same module is in the page that is exported.
 const STYLE = `
 .al-spheres { display:flex; flex-wrap:wrap; align-items:flex-start; gap:8px 16px; font:12px/1.35 system-ui,sans-serif; color:var(--jp-ui-font-color1,#222); }
-.al-spheres .stage { position:relative; flex:3 1 380px; min-width:260px; max-width:760px; aspect-ratio:1.12; }
+.al-spheres .main { flex:3 1 380px; min-width:260px; max-width:760px; }
+.al-spheres .stage { position:relative; aspect-ratio:1.12; }
+.al-spheres .reader { margin:6px 0; font:13px/1.9 ui-monospace,monospace; overflow-wrap:anywhere; } .al-spheres .reader small { font:12px system-ui,sans-serif; opacity:.75; display:block; }
+.al-spheres .reader span { padding:2px 0; cursor:pointer; opacity:.5; background:color-mix(in srgb,#0072b2 14%,transparent); } .al-spheres .reader span:nth-of-type(odd) { background:color-mix(in srgb,#e69f00 18%,transparent); }
+.al-spheres .reader span.read { opacity:1; } .al-spheres .reader span[aria-current=true] { outline:2px solid #d55e00; }
 .al-spheres canvas { position:absolute; inset:0; width:100%; height:100%; cursor:grab; touch-action:none; border-radius:4px; }
 .al-spheres canvas:active { cursor:grabbing; }
 .al-spheres :focus-visible { outline:2px solid #d55e00; outline-offset:1px; }
@@ -229,11 +235,13 @@ function render({ model, el }) {
   const [spin, spinLabel] = box("turn", !still, "turn slowly"), [halos, halosLabel] = box("spread", false, "what lies within the spread of a boundary point");
   const [trails, trailsLabel] = box("trails", false, "the way of each point over the snapshots"), [words, wordsLabel] = box("names", false, "names of the boundary points");
   const text = make("input", { type: "search", placeholder: "a text, and its neighbours", "aria-label": "text whose nearest neighbours are wanted", spellcheck: false });
+  const [along, alongLabel] = box("read along", false, "go through the text that is learnt from, patch by patch"), reader = make("div", { className: "reader", role: "group", "aria-label": "the text being read, in patches", hidden: true, tabIndex: 0 });
+  reader.setAttribute("data-lm-suppress-shortcuts", "true");
   const back = make("button", { text: "as saved", title: "let the sliders show the saved values again", hidden: true });
-  const film = make("div", { className: "bar" }, play, scrub, when), box2 = make("div", { className: "bar" }, spinLabel, halosLabel, trailsLabel, wordsLabel, back);
+  const film = make("div", { className: "bar" }, play, scrub, when), box2 = make("div", { className: "bar" }, spinLabel, halosLabel, trailsLabel, wordsLabel, alongLabel, back);
   const key = make("div", { className: "key", text: "● boundary points  ◆ descriptors  • other points; the colour is the level" });
   side.append(film, box2, key, levels, make("div", { className: "bar" }, text), near, note);
-  el.append(make("div", { className: "al-spheres" }, make("style", { text: STYLE }), stage, side));
+  el.append(make("div", { className: "al-spheres" }, make("style", { text: STYLE }), make("div", { className: "main" }, stage, reader), side));
 
   let scene, table, nowTable, width, first, turn = HOME, zoom = 1, at = 0, follow = true, dirty = false, frame = 0, drag = null, over = false, shown = true, last = 0, playing = 0;
   let seen = [], hovered = null, pinned = null, rows = [], typing = 0, sending = 0;
@@ -281,6 +289,9 @@ function render({ model, el }) {
           if (way.length > 1) ways.push([way, color]);
         }
       });
+      const way = reads ? reads.levels[i]?.slice(Math.max(0, patch - 6), patch + 1).map((v) => put(v, sizes[i], pull)) ?? [] : [];
+      if (way.length) add(way.at(-1), SIZES[MARK] / Math.sqrt(zoom), CHOSEN, MARK, { level: i, mark: 0, name: reads.patches[patch], kind: "patch", length: long(reads.levels[i][patch]), rho: Math.tanh(pull * long(reads.levels[i][patch])) });
+      if (way.length > 1) ways.push([way, CHOSEN]);
       const found = model.get("found");
       if (found?.text && found.text === model.get("typed")) (found.levels?.[i]?.places ?? []).forEach((v, j, all) =>
         add(put(v, sizes[i], pull), SIZES[MARK] / Math.sqrt(zoom), CHOSEN, MARK, { level: i, mark: j, name: all.length > 1 ? `${found.text} · patch ${j + 1}` : found.text, kind: "text", length: long(v), rho: Math.tanh(pull * long(v)) }));
@@ -386,6 +397,47 @@ function render({ model, el }) {
   text.addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(ask, 250); });
   text.addEventListener("keydown", (event) => { event.stopPropagation(); if (event.key === "Enter") { clearTimeout(typing); ask(); } });
 
+  // --- the text being read ---
+  const BEAT = 450;   // milliseconds a patch
+  let reads = null, patch = 0, reads_on = 0;
+  function readOn(to) {
+    if (!reads) return;
+    patch = clamp(to, 0, reads.patches.length - 1);
+    [...reader.querySelectorAll("span")].forEach((e, i) => { e.classList.toggle("read", i <= patch); e.setAttribute("aria-current", i === patch); });
+    look();
+  }
+  function takeText() {   // the newest window, from its beginning
+    const given = model.get("reading");
+    if (!along.checked || !given?.patches?.length) return;
+    reads = given;
+    reader.replaceChildren(make("small", { text: `read in step ${given.step}: ${given.patches.length} patches` }), ...given.patches.map((text, i) => { const e = make("span", { text }); e.addEventListener("click", () => { rest(); readOn(i); }); return e; }));
+    readOn(0);
+  }
+  function rest() { clearInterval(reads_on); reads_on = 0; }
+  function beat() {   // at the end the next window, if there is one
+    if (patch < reads.patches.length - 1) readOn(patch + 1);
+    else if (model.get("reading") !== reads) takeText();
+  }
+  function begin() {
+    rest();
+    reader.hidden = !along.checked;
+    model.set({ read: along.checked });
+    model.save_changes();
+    reads = null;
+    reader.replaceChildren(make("small", { text: "waiting for a window of text …" }));
+    takeText();
+    if (along.checked) reads_on = setInterval(() => reads && shown && beat(), BEAT);
+    look();
+  }
+  along.addEventListener("change", begin);
+  reader.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault(); event.stopPropagation();
+    rest(); readOn(patch + by);
+  });
+  const arrived = () => { if (!reads) takeText(); };
+
   // --- sliders ---
   function build() {   // a row of controls a level
     levels.replaceChildren();
@@ -437,6 +489,7 @@ function render({ model, el }) {
     const m = moment(), told = `${isNow() ? "now, " : ""}${m.label ? `${m.label}, ` : ""}step ${m.step}`;
     if (when.textContent !== told) { when.textContent = told; scrub.setAttribute("aria-valuetext", told); }
     back.hidden = live() || !open.size;
+    alongLabel.hidden = !live();
     const dead = live() && (model.get("locked") || !isNow());
     rows.forEach((knobs, i) => { knobs.size.textContent = `${scene.levels[i].dim} dimensions, 3 axes show ${Math.round(100 * scene.levels[i].kept)}%`; });
     rows.forEach((knobs, i) => knobs.forEach(({ key, input, out, row }) => {
@@ -583,12 +636,12 @@ function render({ model, el }) {
   const sized = new ResizeObserver(() => look()), watched = new IntersectionObserver((list) => { shown = list.at(-1).isIntersecting; look(); });
   sized.observe(stage);
   watched.observe(stage);
-  const listeners = [["change:scene change:data", load], ["change:now change:now_data", renew], ["change:heard change:locked", hear], ["change:found", answer]];
+  const listeners = [["change:scene change:data", load], ["change:now change:now_data", renew], ["change:heard change:locked", hear], ["change:found", answer], ["change:reading", arrived]];
   listeners.forEach(([what, f]) => model.on(what, f));
   load();
   answer();
   return () => {
-    cancelAnimationFrame(frame); cancelAnimationFrame(sending); clearTimeout(typing); halt();
+    cancelAnimationFrame(frame); cancelAnimationFrame(sending); clearTimeout(typing); halt(); rest();
     sized.disconnect(); watched.disconnect();
     listeners.forEach(([what, f]) => model.off(what, f));
     canvas.getContext("webgl2")?.getExtension("WEBGL_lose_context")?.loseContext();
