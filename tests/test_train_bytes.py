@@ -14,7 +14,7 @@ from adaptive_lab.run import Run, weights_digest
 from adaptive_lab.store import Store
 from adaptive_lab.train_bytes import train_bytes
 
-SMALL = "--preset small --local_hidden_size 16 --decoder_memory_dim 16 --hyperbolic_dims 8 8 4 --context_window 48 --attention_span 0 --batch_size 4 --eval_every 4 --no_amp --no_pictures --quiet".split()
+SMALL = "--preset small --local_hidden_size 16 --decoder_memory_dim 16 --hyperbolic_dims 8 8 4 --context_window 48 --attention_span 0 --batch_size 4 --eval_every 6 --no_amp --no_pictures --quiet".split()
 
 
 @pytest.fixture(scope="module")
