@@ -1,12 +1,12 @@
 "adaptive-lab train-bytes in one process and in two: the same losses; a killed worker and a restart end in the same bits."
 import os
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+import ranks
 
 from adaptive_lab.bytropix.generation import load_model
 from adaptive_lab.data.text import stdlib_bytes
@@ -35,13 +35,7 @@ def launched(*flags):
 
 
 def pair(*flags) -> list[subprocess.Popen]:
-    "The same two processes without torchrun, which takes as long to begin as they do."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    told = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    return [subprocess.Popen([sys.executable, *TRAIN, *map(str, flags)], env={**os.environ, **told, "RANK": str(r), "LOCAL_RANK": str(r)},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for r in range(2)]
+    return ranks.begin(*TRAIN, *flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def of(folder) -> Run:
