@@ -1,9 +1,11 @@
 "Notebooks run in processes of their own, beside the other tests: one at a time as long as there are others, then two."
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in what the tests start: threads that wait for a busy core spin
 AT_ONCE = 2
 
 

@@ -37,7 +37,7 @@ RIVALS["sampling", None] = Sampling
 RIVALS["embedding", None] = Annealing
 RIVALS.update({(kind, name): p.knobs for kind in ("learner", "weighting") for name, p in parts(kind).items()})  # of comparisons, not of a recipe
 listed = lambda groups: [pytest.param(where, cls, k, id=f"{where[1] or where[0]}.{k.name}") for where, cls in groups.items() for k in walk(cls)]
-FLAGS, KNOBS = listed(GROUPS), listed(GROUPS | RIVALS)
+KNOBS = listed(GROUPS | RIVALS)
 
 
 def test_every_class_of_knobs_is_reachable():
@@ -111,21 +111,33 @@ def another(k):
     return (k.default + k.high) / 2 if k.default < k.high else (k.default + k.low) / 2
 
 
-@pytest.mark.parametrize("where, cls, k", FLAGS)
-def test_flag(where, cls, k):
+def together():
+    "The flags of a group in one command, as building the parser takes longest; by themselves those whose values depend on one another."
+    for where, cls in GROUPS.items():
+        free = [k for k in walk(cls) if k.name not in OTHERS and not k.choices and not is_list(k)]
+        for ks in [free] * bool(free) + [[k] for k in walk(cls) if k not in free]:
+            yield pytest.param(where, ks, id=f"{where[1] or where[0]}.{ks[0].name if len(ks) == 1 else 'all'}")
+
+
+def flagged(group, k):
+    "What is typed, and the value it means."
+    flag = f"--{group}.{k.name.replace('_', '-')}"
+    if k.type is bool:
+        return [flag if not k.default else flag.replace(".", ".no-")], not k.default
+    value = k.choices[-1] if k.choices else another(k) if k.type is not str else "some.csv"
+    return [flag, *map(str, value if is_list(k) else [value])], value
+
+
+@pytest.mark.parametrize("where, ks", list(together()))
+def test_flag(where, ks):
     group, part = where
     chosen = [f"--{group}", part] if part else []
     if group == "mechanism":  # its name is its group
         chosen, group = ["--mechanisms", part], part
-    flag = f"--{group}.{k.name.replace('_', '-')}"
-    if k.type is bool:
-        argv, value = [flag if not k.default else flag.replace(".", ".no-")], not k.default
-    else:
-        value = k.choices[-1] if k.choices else another(k) if k.type is not str else "some.csv"
-        argv = [flag, *map(str, value if is_list(k) else [value])]
-    assert value != k.default or len(k.choices) == 1
-    _, recipe = recipe_from_flags([*chosen, *argv])
-    assert recipe[f"{group}.{k.name}"] == value
+    typed = {k.name: flagged(group, k) for k in ks}
+    assert all(typed[k.name][1] != k.default or len(k.choices) == 1 for k in ks)
+    _, recipe = recipe_from_flags([*chosen, *(word for argv, _ in typed.values() for word in argv)])
+    assert {n: recipe[f"{group}.{n}"] for n in typed} == {n: value for n, (_, value) in typed.items()}
 
 
 @pytest.mark.parametrize("cls", (GROUPS | RIVALS).values(), ids=lambda c: c.__name__)

@@ -5,6 +5,7 @@ ADAPTIVE_LAB_FLAGS to run them all the same: ADAPTIVE_LAB_FLAGS=slow make test. 
 
 A kept output is a claim too. Where it must come out the same on any machine (see SAME), the text is compared with the fresh one.
 """
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -23,7 +24,9 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if p.name != "workbench.ipynb" and ".ipynb_checkpoints" not in p.parts]
 A_CELL = 300  # seconds
-HEAVY = ["ipykernel.kernelapp", "matplotlib.figure", "torch._dynamo"]  # what most notebooks import: 4 CPU-seconds, 150 times. Nothing of the project
+HEAVY = """ipykernel.kernelapp ipykernel.debugger matplotlib.pyplot matplotlib_inline.backend_inline torch._dynamo torch.utils.data scipy.stats
+scipy.optimize sklearn.datasets sklearn.linear_model sklearn.ensemble pandas pydantic accelerate joblib gymnasium tyro ipywidgets anywidget
+requests pooch filelock safetensors.torch blake3 tqdm.auto""".split()  # what notebooks import: CPU-seconds each time. Nothing of the project
 # Notebooks whose texts depend on no processor, no library's version and no file of the system: whole numbers, messages, short floats.
 SAME = set("00_knobs 01_parts 02_data.streams 03_data.files 04_data.tables 06_data.digits 11_durable 14_store".split())
 
@@ -116,6 +119,10 @@ def test_notebook_runs(path, found):
         pytest.fail(error, pytrace=False)
     if changed and path.stem in SAME:
         pytest.fail(f"{path.name} shows other outputs than it keeps: run it again and keep its outputs\n\n{changed}", pytrace=False)
+
+
+def test_all_that_kernels_are_forked_with_is_there():
+    assert [name for name in HEAVY if importlib.util.find_spec(name) is None] == []  # else it is passed over in silence
 
 
 def test_a_failing_cell_is_reported_and_marked_ones_are_left_out(tmp_path):

@@ -1,11 +1,10 @@
 "Selective plasticity wherever torch.optim.Adam goes: in several processes, under Accelerate, with every scheduler, number format and path."
 import copy
 import json
-import os
 import subprocess
-import sys
 
 import pytest
+import ranks
 import torch
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
@@ -109,10 +108,9 @@ dist.destroy_process_group()
 def test_two_processes_keep_the_same_weights(tmp_path):
     script = tmp_path / "many.py"
     script.write_text(MANY)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-               "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script), str(tmp_path / "out")]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for p in ranks.begin(script, tmp_path / "out", stderr=subprocess.PIPE, text=True):
+        _, complaints = p.communicate(timeout=240)
+        assert p.returncode == 0, complaints[-3000:]
     one, two = (json.loads((tmp_path / f"out{rank}").read_text()) for rank in (0, 1))
     assert one == two and all(found["equal"] for found in one.values()), (one, two)
     assert len({found["sum"] for found in one.values()}) == len(one)  # each way was another

@@ -291,9 +291,9 @@ def test_the_installed_library_needs_no_development_tools(tmp_path):
     copy, venv = tmp_path / "project", tmp_path / "venv"
     skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "nbs", "tests", "runs")
     shutil.copytree(ROOT, copy, ignore=skip)
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    subprocess.run([str(python), "-I", "-m", "pip", "install", "-q", "--no-compile", "-c", "constraints.txt", "."], cwd=copy, check=True)
+    subprocess.run([sys.executable, "-I", "-m", "pip", "--python", str(python), "install", "-q", "--no-compile", "-c", "constraints.txt", "."], cwd=copy, check=True)
     look = "import sys, adaptive_lab.plasticity, adaptive_lab.training, importlib.util as u; print(adaptive_lab.__file__, [n for n in ('nbdev', 'jupyterlab', 'IPython', 'playwright', 'matplotlib') if u.find_spec(n)])"
     done = subprocess.run([str(python), "-I", "-c", look], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

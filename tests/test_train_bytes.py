@@ -1,12 +1,12 @@
 "adaptive-lab train-bytes in one process and in two: the same losses; a killed worker and a restart end in the same bits."
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+import ranks
 
 from adaptive_lab.bytropix.generation import load_model
 from adaptive_lab.data.text import stdlib_bytes
@@ -14,7 +14,7 @@ from adaptive_lab.run import Run, weights_digest
 from adaptive_lab.store import Store
 from adaptive_lab.train_bytes import train_bytes
 
-SMALL = "--preset small --local_hidden_size 16 --decoder_memory_dim 16 --hyperbolic_dims 8 8 4 --context_window 48 --attention_span 0 --batch_size 4 --eval_every 4 --no_amp --no_pictures --quiet".split()
+SMALL = "--preset small --local_hidden_size 16 --decoder_memory_dim 16 --hyperbolic_dims 8 8 4 --context_window 48 --attention_span 0 --batch_size 4 --eval_every 6 --no_amp --no_pictures --quiet".split()
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,18 @@ def text(tmp_path_factory):
     return path
 
 
-def command(processes: int, *flags) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "adaptive_lab.cli", "train-bytes", *SMALL, *map(str, flags)]
+TRAIN = ["-m", "adaptive_lab.cli", "train-bytes", *SMALL]
 
 
-def launched(processes, *flags):
-    done = subprocess.run(command(processes, *flags), env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+def launched(*flags):
+    "In two processes, by torchrun."
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    done = subprocess.run([sys.executable, *launcher, *TRAIN, *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def pair(*flags) -> list[subprocess.Popen]:
+    return ranks.begin(*TRAIN, *flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def of(folder) -> Run:
@@ -40,23 +44,24 @@ def of(folder) -> Run:
 
 def test_two_processes_make_the_losses_of_one_and_a_restart_the_same_bits(text, tmp_path):
     "The sums of the gradients are added in another order, nothing else differs; in two processes, stopped and gone on, every bit is that of two that were not stopped."
-    launched(2, "--data_path", text, "--checkpoint_dir", tmp_path / "two", "--steps", 12)
+    launched("--data_path", text, "--checkpoint_dir", tmp_path / "two", "--steps", 12)
     assert train_bytes([*SMALL, "--data_path", str(text), "--checkpoint_dir", str(tmp_path / "one"), "--steps", "12"]) == 0
     one, two = of(tmp_path / "one"), of(tmp_path / "two")
     assert len(one.losses) == 12 and one.losses[0] != one.losses[-1]
     np.testing.assert_allclose(two.losses, one.losses, rtol=2e-5)
 
-    p = subprocess.Popen(command(2, "--data_path", text, "--checkpoint_dir", tmp_path / "killed", "--steps", 12, "--save-every", 4),
-                         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    both = pair("--data_path", text, "--checkpoint_dir", tmp_path / "killed", "--steps", 12, "--save-every", 4)
     end = time.time() + 240
     store = Store(tmp_path / "killed")
     while not store.checkpoints("bytes"):
-        assert time.time() < end and p.poll() is None
+        assert time.time() < end and all(p.poll() is None for p in both)
         time.sleep(0.01)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
+    for p in both:
+        p.kill()
+    for p in both:
+        p.wait()
     assert 4 <= max(c.step for c in store.checkpoints("bytes")) < 12, "too late: it had ended"
-    launched(2, "--checkpoint_dir", tmp_path / "killed", "--resume")
+    assert [p.wait(timeout=240) for p in pair("--checkpoint_dir", tmp_path / "killed", "--resume")] == [0, 0]
     again = of(tmp_path / "killed")
     assert again.index == 12 and again.losses == two.losses and weights_digest(again.model) == weights_digest(two.model)
 
