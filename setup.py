@@ -9,8 +9,8 @@ config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("lab", "dask", "bench", "dev")}
-extras["dev"] += extras["lab"] + extras["dask"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("lab", "dask", "elsewhere", "bench", "dev")}
+extras["dev"] += extras["lab"] + extras["dask"] + extras["elsewhere"]
 
 readme = here / "README.md"
 setup(

@@ -17,6 +17,7 @@ from .gated_adam import GatedAdam, step_groups
 from .gated_lists import real
 from .gates import eligibility, hill, strided, typical
 from .novelty import Novelty
+from .wrapped import Shared
 
 # %% ../nbs/24_consolidation.ipynb #0005
 def follow(p: Tensor, average: Tensor, steps: float, slow: float, anchor: float):
@@ -39,12 +40,16 @@ def keep_eligibility(state: dict, trace_decay: float):
 class ConsolidatingAdam(GatedAdam):
     "Gated Adam that remembers beyond its traces. `watched` is the attached model's `Coincidence`, or None."
 
-    model: nn.Module | None = None
-    watched: Coincidence | None = None
-    novelty: Novelty | None = None
-    every: int = 10
+    model: nn.Module | None = Shared()
+    watched: Coincidence | None = Shared()
+    novelty: Novelty | None = Shared()
+    every: int = Shared(10)
     copies = ("average",)  # what is kept of a parameter in its own units: surgery grafts rows of weights into it, not zeros
-    swapped = False  # do the parameters hold their slow weights now?
+    swapped: bool = Shared(False)  # do the parameters hold their slow weights now?
+
+    def __setstate__(self, state: dict):
+        self.__dict__.setdefault("shared", {})  # a copy has no model
+        super().__setstate__(state)
 
     def attach(self, model: nn.Module, every: int = 10):
         """Watch the layers of a model, one step in `every`, while `coincidence` or `detect` is on; what was watched before is forgotten.

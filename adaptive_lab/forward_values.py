@@ -35,6 +35,10 @@ class Hearing(Values):
         "Drop what was heard; no step comes of it."
         self.heard.clear()
 
+    def begin(self):
+        "Gradients are forgotten: drop the passes that had one. One whose gradient is still to come stays."
+        self.heard[:] = [what for what in self.heard if not self.answered(what)]
+
 # %% ../nbs/25_forward_values.ipynb #0008
 class FeatureValues(Hearing):
     "Values that multiply the features of an input."
@@ -72,7 +76,7 @@ def _feature_signal(self, scale: float = 1.0) -> Tensor:  # (features,)
     size = self.size[0] / self.size[1]
     return torch.where(size > 0, self.mean / size, torch.zeros_like(u))
 
-FeatureValues.signal = _feature_signal
+FeatureValues.signal, FeatureValues.answered = _feature_signal, lambda self, phi: phi.grad is not None
 
 # %% ../nbs/25_forward_values.ipynb #0012
 def asked_by(
@@ -127,7 +131,7 @@ def _output_signal(self, scale: float = 1.0) -> Tensor:  # (outputs,)
     lack = -(len(self.raw) * self.asked).clamp(min=1e-6).log() - self.phi.log()
     return lack * self.phi / torch.sigmoid(self.raw)
 
-OutputValues.signal = _output_signal
+OutputValues.signal, OutputValues.answered = _output_signal, lambda self, here: here[0] is not None
 
 # %% ../nbs/25_forward_values.ipynb #0019
 class SampleValues(Values):

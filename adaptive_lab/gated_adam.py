@@ -192,6 +192,7 @@ class GatedAdam(Optimizer):
 
     @knobs_from(Plasticity)
     def __init__(self, params, knobs: Plasticity):
+        self.shared = {}  # of `Shared` attributes
         super().__init__(params, RECORDS | knobs.model_dump())
 
     def add_param_group(self, param_group: dict):

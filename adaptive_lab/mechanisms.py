@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .knobs import Knobs
 from .training import cross_entropy
+from .wrapped import Shared
 
 # %% ../nbs/14_mechanisms.ipynb #0006
 class Mechanism:
@@ -28,7 +29,7 @@ class Mechanism:
         setattr(self.knobs, name, value)
 
     def begin(self):
-        "Gradients are forgotten: a new step begins."
+        "Gradients are forgotten. In PyTorch Lightning that is after the forward pass of the step, else before it."
 
     @contextmanager
     def around(self, optimizer: torch.optim.Optimizer, loss: float | None):
@@ -49,9 +50,12 @@ class Mechanism:
 class Composed(torch.optim.Optimizer):
     "An optimizer with mechanisms around it. Raises `ValueError` if two of them want to be the loss, or the step."
 
+    told = Shared()  # the loss of the coming step
+
     def __init__(self, base: torch.optim.Optimizer, mechanisms: dict[str, Mechanism]):
+        self.shared = {}
         super().__init__([p for g in base.param_groups for p in g["params"]], {})
-        self.base, self.mechanisms, self.told = base, dict(mechanisms), None
+        self.base, self.mechanisms = base, dict(mechanisms)
         self.losing, self.stepping = self._only("loss"), self._only("step")
         self._share()
 
@@ -72,7 +76,7 @@ class Composed(torch.optim.Optimizer):
         return getattr(self.base, name)
 
     def __getstate__(self) -> dict:  # torch's own keeps groups and state only
-        return self.__dict__
+        return {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's, which would step this one
 
 # %% ../nbs/14_mechanisms.ipynb #0011
 def loss(self, model: nn.Module, batch) -> Tensor:
@@ -86,7 +90,7 @@ def meet(self, rows: list[Tensor]):
 
 def set_current_loss(self, value):
     "Tell the loss of the coming step."
-    self.told = float(value)
+    self.told = float(value.detach() if torch.is_tensor(value) else value)
     getattr(self.base, "set_current_loss", lambda value: None)(value)
 
 Composed.loss, Composed.meet, Composed.set_current_loss = loss, meet, set_current_loss

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .error_signals import Watch
-from .forward_values import FeatureValues, OutputValues, margin
+from .forward_values import FeatureValues, Hearing, OutputValues, margin
 from .knobs import knob
 from .mechanisms import Composed, Mechanism
 from .parts import part
@@ -108,7 +108,7 @@ class Valued(Mechanism):
         self.wrapper = EnhancedVWPRWrapper.of(model, knobs, samples=samples, features=features, outputs=outputs)
         self.phi = torch.optim.SGD(self.wrapper.phi_params(), knobs.alpha)
         self.history = History(LINES, STRIDE)
-        self.coming, self._told = [], []  # numbers of the samples of the batches to come; signals and numbers since the last step
+        self.coming, self._told = [], []  # numbers of the samples of the batches to come; signals, numbers, and did a gradient come?
         self._record()
         hook(model, self.wrapper)
 
@@ -146,22 +146,27 @@ def loss(self, model: nn.Module, batch) -> Tensor:
         told = "nothing" if own is None else f"{len(own)} samples"
         raise ValueError(f"a batch has {len(y)} samples and meet() was told {told}: before each step, give it the numbers of their samples")
     losses = F.cross_entropy(out, y, reduction="none")
-    self._told.append((margin(out, y) if self.knobs.sample_signal == "margin" else losses.detach(), own))
-    return values.weigh(losses, own, self.knobs.normalize_phi)
+    weighed = values.weigh(losses, own, self.knobs.normalize_phi)
+    if weighed.requires_grad:  # else it is measured, not learnt from
+        self._told.append(told := [margin(out, y) if self.knobs.sample_signal == "margin" else losses.detach(), own, False])
+        weighed.register_hook(lambda g: told.__setitem__(2, True))
+    return weighed
 
 Valued.meet, Valued.loss = meet, loss
 
 # %% ../nbs/28_valued_adam.ipynb #0020
 def begin(self):
-    "Forget what was heard since the last step."
-    self._told = []
-    self.wrapper.forget()
+    "Forget what had a gradient since the last step. PyTorch Lightning forgets gradients between a forward pass and its backward pass: that pass stays."
+    self._told = [told for told in self._told if not told[2]]
+    for values in self.wrapper.kinds.values():
+        values.begin() if isinstance(values, Hearing) else None
 
 def step(self, optimizer: torch.optim.Optimizer):
     "Both streams. Raises `ArithmeticError`, before any change, if a gradient is not finite; `ValueError` if samples were not told."
-    if "sample" in self.wrapper.values and not self._told:
+    learnt = [(signal, own) for signal, own, came in self._told if came]
+    if "sample" in self.wrapper.values and not learnt:
         raise ValueError("samples have values, and their losses are not known: give train(...) loss=optimizer.loss")
-    samples = tuple(map(torch.cat, zip(*self._told))) if self._told else None
+    samples = tuple(map(torch.cat, zip(*learnt))) if learnt else None
     self.wrapper.step(optimizer, self.phi, samples=samples)
     self._told = []
     self._record()
@@ -173,7 +178,7 @@ def state_dict(self) -> dict:
     "The values, what their signals are made of, and the record."
     h = self.history
     record = dict(limit=h.limit, stride=h.stride, steps=list(h.steps), rows=[dict(row) for row in h.rows])
-    return dict(values=dict(self.wrapper.values.state_dict()), signals=self.wrapper.get_extra_state(), record=record)
+    return dict(values=dict(self.wrapper.values.state_dict()), signals=self.wrapper.signal_state(), record=record)
 
 def load_state_dict(self, state: dict):
     "Go on from such a state. Raises `ValueError`, changing nothing, if it is of another granularity or size."
@@ -183,7 +188,7 @@ def load_state_dict(self, state: dict):
         what = "has no values" if found is None else f"has values {shapes(found)}, and this optimizer {shapes(wanted)}"
         raise ValueError(f"the state {what}: load what state_dict() gave with the same granularity and data")
     self.wrapper.values.load_state_dict(found)
-    self.wrapper.set_extra_state(state["signals"])
+    self.wrapper.load_signal_state(state["signals"])
     record = state["record"]
     self.history = History(record["limit"], record["stride"], list(record["steps"]), [dict(row) for row in record["rows"]])
     self.coming, self._told = [], []

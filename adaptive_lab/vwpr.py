@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EnhancedVWPRWrapper', 'of', 'forward', 'phi_params', 'phi_values', 'apply_vwpr_step', 'weigh', 'step', 'forget',
-           'get_extra_state', 'set_extra_state', 'get_phi_history', 'visualize_phi_distribution', 'most_valued',
+           'signal_state', 'load_signal_state', 'get_phi_history', 'visualize_phi_distribution', 'most_valued',
            'visualize_samples']
 
 # %% ../nbs/27_vwpr.ipynb #0003
@@ -24,6 +24,7 @@ from .value_kinds import VWPR, WEIGHTS, check_clip, values_of, watch
 from .value_pictures import most_valued as ranked
 from .value_pictures import phi_figure, samples_figure
 from .value_stream import Slot, scaled, spread
+from .wrapped import packed, unpacked
 
 # %% ../nbs/27_vwpr.ipynb #0005
 class EnhancedVWPRWrapper(nn.Module):
@@ -325,13 +326,13 @@ for f in (apply_vwpr_step, step, _step, _check_heard, _forward_signals, forget, 
     setattr(EnhancedVWPRWrapper, f.__name__, f)
 
 # %% ../nbs/27_vwpr.ipynb #0028
-def get_extra_state(self) -> dict:
+def signal_state(self) -> dict:
     "Steps made, and running means that signals are made of."
     averages = {name: [a.mean, a.size] for name, a in self._averages.items()}
     return dict(steps=self.steps, averages=averages, watched={n: [w.mean, w.variance] for n, w in self._watches.items() if w.mean is not None})
 
-def set_extra_state(self, state: dict):
-    "Take up what `get_extra_state` gave."
+def load_signal_state(self, state: dict):
+    "Take up what `signal_state` gave."
     self.steps, self._averages = state["steps"], {}
     for name, (mean, size) in state["averages"].items():
         self._averages[name] = own = Averages(mean)
@@ -340,7 +341,9 @@ def set_extra_state(self, state: dict):
         if name in self._watches:
             self._watches[name].mean, self._watches[name].variance = mean.clone(), variance.clone()
 
-EnhancedVWPRWrapper.get_extra_state, EnhancedVWPRWrapper.set_extra_state = get_extra_state, set_extra_state
+EnhancedVWPRWrapper.signal_state, EnhancedVWPRWrapper.load_signal_state = signal_state, load_signal_state
+EnhancedVWPRWrapper.get_extra_state = lambda self: packed(self.signal_state())  # safetensors takes tensors alone
+EnhancedVWPRWrapper.set_extra_state = lambda self, state: self.load_signal_state(unpacked(state))
 
 # %% ../nbs/27_vwpr.ipynb #0039
 def get_phi_history(self) -> History:

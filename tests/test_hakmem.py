@@ -320,11 +320,13 @@ def test_bad_input_changes_nothing():
     for wrong in ("2", None, torch.ones(2)):
         refused(TypeError, "loss", lambda: opt.set_current_loss(wrong))
     opt.eval()
-    for act, said in ((opt.step, "next step"), (opt.state_dict, "saved"), (lambda: opt.load_state_dict(before[1]), "loading")):
+    for act, said in ((opt.step, "next step"), (lambda: opt.load_state_dict(before[1]), "loading")):
         with pytest.raises(RuntimeError, match=said):
             act()
     opt.train()
     lacking = {k: v for k, v in before[1].items() if k != "controller"}
+    misfit = dict(before[1], held=[torch.ones(2) for _ in params])
+    refused(ValueError, "held has shape", lambda: opt.load_state_dict(misfit))
     refused(ValueError, "controller", lambda: opt.load_state_dict(lacking))
     other = HAKMEMEnhancedSGD([nn.Parameter(torch.ones(3, 5, dtype=torch.float64)), nn.Parameter(torch.ones(3, dtype=torch.float64))])
     with pytest.raises(ValueError, match="shape"):

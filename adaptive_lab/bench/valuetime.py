@@ -119,7 +119,7 @@ def kept_numbers(**how) -> float:
     theta, phi = torch.optim.Adam(net.parameters(), 1e-3), torch.optim.SGD(m.phi_params(), 1e-2)
     m(x := torch.randn(8, 20))
     m.apply_vwpr_step(F.cross_entropy(m(x), torch.zeros(8, dtype=torch.long)), theta, phi)
-    mine = [t for key, t in m.state_dict().items() if key.startswith("values.")] + [t for pair in m.get_extra_state()["averages"].values() for t in pair]
+    mine = [t for key, t in m.state_dict().items() if key.startswith("values.")] + [t for pair in m.signal_state()["averages"].values() for t in pair]
     return sum(t.numel() for t in mine) / sum(v.raw.numel() for v in m.values.values())
 
 # %% ../../nbs/95_bench.valuetime.ipynb #0014

@@ -325,7 +325,7 @@ def set_extra_state(self, state: dict):
     state = copy.deepcopy(state)  # else what is saved and what goes on would share Adam's averages
     self.knobs = self.stream.timing = checked_budget(Control(**state["knobs"]), self.num_layers * self.num_heads)
     self.optimizer.load_state_dict(read_adam(self.optimizer, state["optimizer"]))
-    self.generator.set_state(state["generator"])
+    self.generator.set_state(state["generator"].cpu())  # a framework may have moved it with the rest
     self.baseline.load_state_dict(state["baseline"])
     self.archive.points = [(int(k), float(v)) for k, v in state["points"]]
     self.stream.since = state["stream"]["since"]

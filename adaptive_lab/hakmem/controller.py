@@ -146,7 +146,7 @@ def _restored(saved: dict) -> Controller:
     if lacks := [n for n in (*PLAIN, "rates", "momenta") if n not in saved]:
         raise ValueError(f"the controller's state has no {lacks[0]!r}: load what state_dict() of this optimizer gave")
     for table, name in ((found.rates, "rates"), (found.momenta, "momenta")):
-        values = torch.as_tensor(saved[name], dtype=torch.float64).numpy().copy()
+        values = torch.as_tensor(saved[name], dtype=torch.float64, device="cpu").numpy().copy()
         if values.shape != table.values.shape:
             raise ValueError(f"the table of {name} has shape {values.shape}, and {table.values.shape} is needed: it is of another version")
         table.values = values

@@ -23,6 +23,7 @@ from ..knobs import Knobs, knob, knobs_from, walk
 from .monitor import norms_of
 from ..native import announce
 from ..parts import part
+from ..wrapped import Shared
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0006
 class QLearning(Knobs):
@@ -61,13 +62,17 @@ class HAKMEMEnhancedSGD(Optimizer):
     measure the model inside `slow_weights()`, or between `eval()` and `train()`."""
 
     copies = ("fast", "slow")  # what is kept of a parameter in its own units: surgery grafts rows of weights into it, not zeros
-    swapped = False  # do the parameters hold their averages now?
-    _rows: Rows | None = None  # of the last step
+    controller: Controller = Shared()
+    swapped: bool = Shared(False)  # do the parameters hold their averages now?
+    _held: dict[Tensor, Tensor] = Shared({})  # what they hold else
+    _told, _sums = Shared(), Shared()  # losses and alignments that the controller has not read
+    _rows: Rows | None = Shared()  # of the last step
 
     @knobs_from(HAKMEM)
     def __init__(self, params, lr: float | None = None, seed: int = 0, knobs: HAKMEM = None):
         if lr is not None:
             knobs.learning_rate = lr
+        self.shared = {}
         self.controller, self._told, self._sums = Controller(int(seed)), [], []
         super().__init__(params, dict(lr=knobs.learning_rate, asked=knobs.learning_rate, skipped_steps=0) | knobs.model_dump())
 
@@ -80,7 +85,7 @@ class HAKMEMEnhancedSGD(Optimizer):
         super().add_param_group(whole | dict(lr=knobs.learning_rate, asked=knobs.learning_rate))
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {n: v for n, v in vars(self).items() if n in ("controller", "_told", "_sums")}
+        return super().__getstate__() | dict(shared={n: v for n, v in self.shared.items() if n != "_rows"})
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0011
 def settled(group: dict) -> HAKMEM:
@@ -289,11 +294,10 @@ HAKMEMEnhancedSGD.train = lambda self: self._swap(False)
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0030
 def state_dict(self) -> dict:
-    "Everything the next step depends on. Raises `RuntimeError` while the parameters hold their averages."
-    if self.swapped:
-        raise RuntimeError("the parameters hold their averages, and a state saved now would not fit them: call train(), or leave slow_weights(), first")
+    "Everything the next step depends on; while the parameters hold their averages, also what comes back into them."
     self.controller.take(*self._gather())
-    return super(HAKMEMEnhancedSGD, self).state_dict() | dict(controller=self.controller.state())
+    held = dict(held=[self._held.get(p) for g in self.param_groups for p in g["params"]]) if self.swapped else {}
+    return Optimizer.state_dict(self) | dict(controller=self.controller.state()) | held
 
 def load_state_dict(self, state_dict: dict):
     "Go on from a state of this optimizer. Raises `ValueError`, and changes nothing, when it does not fit."
@@ -302,11 +306,12 @@ def load_state_dict(self, state_dict: dict):
     if self.swapped:
         raise RuntimeError("the parameters hold their averages: call train(), or leave slow_weights(), before loading a state")
     controller = Controller.restored(state_dict["controller"])
-    pairs = _pairs(state_dict, self.param_groups)
-    super(HAKMEMEnhancedSGD, self).load_state_dict({n: state_dict[n] for n in ("state", "param_groups")})
+    pairs, held = _pairs(state_dict, self.param_groups), _held_of(state_dict, self.param_groups)
+    Optimizer.load_state_dict(self, {n: state_dict[n] for n in ("state", "param_groups")})
     for p, saved in pairs:  # torch gives all arrays the parameter's dtype; those of half precision are wider
         self.state[p].update({n: t.to(p.device, copy=True) for n, t in saved.items() if isinstance(t, Tensor)})
     self.controller, self._told, self._sums, self._rows = controller, [], [], None
+    self._held, self.swapped = held, "held" in state_dict
 
 HAKMEMEnhancedSGD.state_dict, HAKMEMEnhancedSGD.load_state_dict = state_dict, load_state_dict
 
@@ -327,6 +332,13 @@ def _pairs(saved: dict, groups: list[dict]) -> list[tuple[Tensor, dict]]:
                     raise ValueError(f"{name} has {came} where the parameter has shape {tuple(p.shape)}: a state belongs to the model it was made with")
             found += [(p, state)] if state else []
     return found
+
+def _held_of(saved: dict, groups: list[dict]) -> dict[Tensor, Tensor]:
+    "What comes back into the parameters, of a state that was saved while they held their averages. Raises `ValueError`."
+    pairs = list(zip(saved.get("held", ()), (p for g in groups for p in g["params"])))
+    if wrong := next(((t, p) for t, p in pairs if t is not None and t.shape != p.shape), None):
+        raise ValueError(f"what a parameter of shape {tuple(wrong[1].shape)} held has shape {tuple(wrong[0].shape)}: a state belongs to the model it was made with")
+    return {p: t.to(p, copy=True) for t, p in pairs if t is not None}
 
 # %% ../../nbs/29_hakmem.optimizer.ipynb #0034
 def diagnostics(self) -> dict:
