@@ -51,6 +51,7 @@ def lab_command(
     command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
     command += [f"--ServerApp.root_dir={root}", f"--LabApp.default_url={link}"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--Application.log_level=WARN"]
+    command.append("--expose-app-in-browser")  # a panel has the notebook saved when it has come, so that it is there again after a reload
     if not (has_display() if open_browser is None else open_browser):
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:

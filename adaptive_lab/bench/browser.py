@@ -41,7 +41,7 @@ def _end(server):
 def lab_server(notebook: Path, token: str = "lab"):
     "A JupyterLab server for the notebook's project; gives its address. Stopped, with its kernels, on leaving."
     port = free_port()
-    command = lab_command(notebook, port, False) + [f"--IdentityProvider.token={token}", "--expose-app-in-browser", "--ServerApp.port_retries=0"]
+    command = lab_command(notebook, port, False) + [f"--IdentityProvider.token={token}", "--ServerApp.port_retries=0"]
     with tempfile.TemporaryDirectory() as home:
         env = {**os.environ, **without_news(home), "JUPYTER_CONFIG_DIR": home, "JUPYTER_DATA_DIR": home, "JUPYTER_RUNTIME_DIR": home, "PYTHONWARNINGS": "ignore"}
         log = open(Path(home, "lab.log"), "wb")

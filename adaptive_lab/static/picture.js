@@ -18,6 +18,12 @@ function told(e) {
   return tip && name ? `${name}: ${tip}` : "";
 }
 
+// A reload finds the panel again, live, if the notebook's file has it: JupyterLab would save it within two minutes.
+function keep(root) {
+  const app = window.jupyterapp, notebook = app?.shell.currentWidget;
+  if (notebook?.node.contains(root)) app.commands.execute("docmanager:save").catch(() => {});
+}
+
 function guard(root) {
   if (root.dataset.alGuarded) return;
   root.dataset.alGuarded = "true";
@@ -26,6 +32,7 @@ function guard(root) {
     if (e.getAttribute("role") === "slider" && !e.hasAttribute("aria-label")) e.setAttribute("aria-label", told(e));
   });
   mark();
+  setTimeout(() => keep(root), 1500);
   for (const what of ["focusin", "pointerover"]) root.addEventListener(what, (event) => {
     const line = root.querySelector(".al-meaning .widget-html-content"), text = told(event.target);
     if (line && text && line.textContent !== text) line.textContent = text;
