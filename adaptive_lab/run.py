@@ -8,12 +8,14 @@ __all__ = ['step_seed', 'evaluate', 'Run', 'state_digest', 'weights_digest', 'da
 
 # %% ../nbs/16_run.ipynb #0003
 import threading
+from array import array
 from collections import deque
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property
 from typing import Iterator
 
+import numpy as np
 import torch
 from blake3 import blake3
 
@@ -103,7 +105,7 @@ class Run:
         accumulate = self.knobs["training"].accumulate
         self.boundaries = [-(-b // accumulate) for b in self.data.boundaries]  # steps made when a new task begins
         self.position: dict = {}  # of the last step; empty before the first
-        self.losses: list[float] = []  # one a step
+        self.losses = array("d")  # one a step
         self.evaluations: list[dict] = []  # {"step": steps made, "accuracy": ..., ...}
         self._waiting: deque = deque()  # validated changes, to be applied before the next step
 
@@ -257,19 +259,23 @@ def _weights(self) -> tuple[dict, dict]:
 Run._weights = _weights
 
 # %% ../nbs/16_run.ipynb #0035
-def save(self, store: Store, name: str):
-    "Commit the run's present state to the store; returns the store's checkpoint. Raises `ArithmeticError` if a weight is not finite."
+def snapshot(self) -> dict:
+    "What a checkpoint of this moment holds: the arguments of `Store.save` but for the name. Its tensors are the run's own. Raises `ArithmeticError` if a weight is not finite."
     if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
         raise ArithmeticError(f"{bad[0]} is not finite after step {self.index - 1}: nothing was saved, the last checkpoint stays. Go back to it and clip the gradient (clip=1)")
     model, moving = self._weights()
     state = dict(
         data=data_digest(self.data), model=model, moving=moving, optimizer=self.optimizer.state_dict(), position=self.position,
-        losses=torch.tensor(self.losses, dtype=torch.float64), evaluations=self.evaluations,
+        losses=torch.from_numpy(np.array(self.losses)), evaluations=self.evaluations,
     ) | (dict(begun_with=self.begun_with) if self.begun_with else {})
     metrics = {k: v for k, v in (self.evaluations or [{}])[-1].items() if k != "step"}
     metrics.update(loss=self.losses[-1]) if self.losses else None
     tape = [[c.step, c.knob, c.value] for c in self.tape]
-    return store.save(name, self.index, state, metrics=metrics, recipe=self.recipe.to_dict(), tape=tape)
+    return dict(step=self.index, state=state, metrics=metrics, recipe=self.recipe.to_dict(), tape=tape)
+
+def save(self, store: Store, name: str):
+    "Commit the run's present state to the store; returns the store's checkpoint. Raises what `snapshot` and `Store.save` raise."
+    return store.save(name, **self.snapshot())
 
 # %% ../nbs/16_run.ipynb #0036
 def resume(store: Store, name: str, step: int | None = None) -> Run:
@@ -284,11 +290,11 @@ def resume(store: Store, name: str, step: int | None = None) -> Run:
         run._apply({c.knob: c.value})
     getattr(run.model, "restructure", run.model.load_state_dict)({**state["model"], **state.get("moving", {})})  # what was pruned since it was built
     run.optimizer.load_state_dict(state["optimizer"])
-    run.position, run.losses, run.evaluations = state["position"], state["losses"].tolist(), state["evaluations"]
+    run.position, run.losses, run.evaluations = state["position"], array("d", state["losses"].tolist()), state["evaluations"]
     run.begun_with = state.get("begun_with")
     return run
 
-Run.save, Run.resume = save, staticmethod(resume)
+Run.snapshot, Run.save, Run.resume = snapshot, save, staticmethod(resume)
 
 # %% ../nbs/16_run.ipynb #0037
 def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]:

@@ -194,7 +194,7 @@ def test_a_mechanism_of_ones_own_is_a_class_of_a_few_lines():
     counting = Counting()
     run.__dict__["optimizer"] = Composed(run.optimizer, {"counting": counting})
     run.advance()
-    assert counting.losses == run.losses
+    assert counting.losses == list(run.losses)
 
 
 def test_a_first_rate_that_is_far_too_small_is_raised():

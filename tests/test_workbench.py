@@ -42,7 +42,7 @@ def test_every_branch_of_branches_replays_to_the_last_bit(tmp_path, mechanisms):
             run.change({"optimizer.plasticity_k": float(run.index % 7), "optimizer.lr": 0.001 + run.index / 1e5})
     for name, at in (("main", 41), ("main-2", 77), ("main", 0), ("main-3", 90)):
         other = tree.branch(name, at)
-        assert other.index == at and other.losses == tree.seen(name)["losses"][:at]
+        assert other.index == at and list(other.losses) == tree.seen(name)["losses"][:at]
         other.change({"optimizer.coincidence": float(at)})
         for _ in tree.kept(other, every=10):
             pass
@@ -221,11 +221,11 @@ def test_a_reset_leaves_a_ghost(bench):
 
 def test_what_is_typed_is_text_and_files_of_others_are_safe(bench):
     (bench.folder / "mine.html").write_text("precious")
-    for name, said in (("mine.html", "did not write it"), ("a.exe", "must end in .html"), ("../../up.html", "saved")):
+    for name, said in (("mine.html", "did not write it"), ("a.exe", "must end in .html"), ("nowhere/up.html", "there is no folder")):
         bench.file.value = name
         bench._guarded(bench.save_page)
         assert said in bench.shared.value
-    assert (bench.folder / "mine.html").read_text() == "precious" and (bench.folder / "up.html").exists()
+    assert (bench.folder / "mine.html").read_text() == "precious"
     bench.tell(EVIL), bench.travel.tell(EVIL)
     assert "<script" not in bench.message.value + bench.travel.message.value
 

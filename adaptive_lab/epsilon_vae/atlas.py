@@ -270,19 +270,21 @@ def between(self, i: int, j: int, t: float) -> tuple[State, int]:  # and the pop
         return next(f.path(steps.index(one.step), steps.index(two.step), [t])), k
     if k != l or self.evaluators[k] is None or self._way(i, j, k) is None:
         return self.decode((1 - t) * self.z[i] + t * self.z[j], near=i if t < 0.5 else j)
-    made, like = self._way(i, j, k)(t), self.state(i)
-    return {n: made[n].to(x.dtype) for n, x in like.items()}, k
+    way, kinds = self._way(i, j, k)
+    made = way(t)
+    return {n: made[n].to(kind) for n, kind in kinds.items()}, k
 
 # %% ../../nbs/48_epsilon_vae.atlas.ipynb #0024
 def _way(self, i: int, j: int, k: int):
-    "The matched path between two checkpoints, made once; None where the architecture's symmetries are not known."
+    "The matched path between two checkpoints, made once, and the types of its tensors; None where the architecture's symmetries are not known."
     if (i, j) not in self._paths:
         self._paths = dict(list(self._paths.items())[-7:])  # the last few pairs
         single = lambda s: {n: x.float() if x.is_floating_point() else x for n, x in s.items()}
         try:
-            way = solved(Pair(single(self.state(i)), single(self.state(j)), self.evaluators[k]))
+            a = self.state(i)
+            way = solved(Pair(single(a), single(self.state(j)), self.evaluators[k]))
             way(0.5)  # what is not understood is found out when the path is asked
-            self._paths[i, j] = way
+            self._paths[i, j] = way, {n: x.dtype for n, x in a.items()}
         except NotUnderstood:
             self._paths[i, j] = None
     return self._paths[i, j]

@@ -59,7 +59,7 @@ def numbers_html(predicted: dict, measured: dict) -> str:
     return f'<table class="al-numbers"><tr><th>metric</th><th>predicted</th><th>90% interval</th><th>measured</th></tr>{rows}</table>'
 
 # %% ../../nbs/90_panels.decoded.ipynb #0011
-REST = 0.15  # seconds without a change before the network is measured
+REST = 0.25  # seconds without a change before the network is measured
 
 class DecodedPanel:
     "Widgets for one decoded network; `verified` is what was measured last. Subclasses make `root`."
@@ -104,7 +104,7 @@ def take(
         self.status.value = f"{about}<br><b>{escape(str(e))}</b>"
         return
     self.state, self.predicted, self.about, self.origin, self.exact, self.verified = state, predicted, about, origin, exact, None
-    self.numbers.value, self.status.value = numbers_html(predicted, {}), about
+    self.status.value, self.numbers.value = about, numbers_html(predicted, {})
     self.seconds = time.perf_counter() - begun
     self._later()
 

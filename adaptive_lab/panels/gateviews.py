@@ -43,7 +43,7 @@ def timeline_view(watch: Watch, **size):
 def losses_view(watch: Watch, **size):
     "The loss of the training steps in means, and that on held-out bytes; dashed where a person changed gates."
     run, seen = watch.run, watch.losses
-    series = {"training": thin(range(len(run.losses)), run.losses, 80), "held out": ([s for s, _ in seen], [v for _, v in seen])}
+    series = {"training": thin(np.arange(len(run.losses)), np.array(run.losses), 80), "held out": ([s for s, _ in seen], [v for _, v in seen])}
     later = np.asarray([*run.losses[len(run.losses) // 10 :], *(v for s, v in seen if s >= run.index // 10)], float)  # its first fall is off the scale
     later = later[np.isfinite(later)]
     room = 0.05 * (later.max() - later.min()) + 0.01 if len(later) else 0

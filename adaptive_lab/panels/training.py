@@ -156,7 +156,7 @@ def _turned(self, address, value):
         self.live.change({address: meant(k, value)})
         self._remember_turn(address, before, meant(k, value))
         self._message = ""
-        self._draw_soon()
+        self._draw_soon(False)
     except KnobError as e:
         self._show_values()
         self._say(str(e))
@@ -318,8 +318,9 @@ def draw(self, leave=frozenset()):
     self._say()
 
 # %% ../../nbs/90_panels.training.ipynb #0024
-def _draw_soon(self):
-    "Redraw once, after the messages that are already here."
+def _draw_soon(self, whole: bool = True):
+    "Redraw once, after the messages that are already here; while it runs what a knob changes at once, unless `whole`."
+    self._whole = whole or (self._due and self._whole)
     if self._due:
         return
     try:
@@ -331,7 +332,10 @@ def _draw_soon(self):
 
 def _draw_now(self):
     self._due = False
-    self.draw(BY_STEP)
+    if self._whole or self.live.state != "running":
+        return self.draw(BY_STEP)
+    self.draw_extra(BY_STEP)  # the other pictures come with the next of the run
+    self._say()
 
 # %% ../../nbs/90_panels.training.ipynb #0025
 async def _follow(self):

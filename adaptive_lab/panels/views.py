@@ -17,6 +17,7 @@ from html import escape
 from math import isqrt, prod
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from ..draw import bars, curves, histogram, picture
@@ -38,7 +39,7 @@ def turned(live: Live) -> list:
 def loss_view(live: Live, width: int = 600):
     "The loss of each step."
     n, ghost = len(live.run.losses), live.ghost[0] if live.ghost else []
-    series, behind = {"loss": (range(n), live.run.losses)}, {"loss": (range(len(ghost)), ghost)} if ghost else None
+    series, behind = {"loss": (np.arange(n), np.array(live.run.losses))}, {"loss": (np.arange(len(ghost)), np.array(ghost))} if ghost else None
     return curves(series, "loss", xlim=(0, max(50, n)), marks=turned(live), width=width, height=130, behind=behind)
 
 # %% ../../nbs/89_panels.views.ipynb #0006

@@ -54,8 +54,8 @@ class Workbench:
         self.body, self.message, self._pulse, self._tape = w.VBox(), w.HTML(), None, 0
         self.map = BranchMap(self.tree, self.recipe, self._save, lambda run: self.put(run, name="decoded"), self.folder / "weights")
         sections = {"Time travel": self.travel.root, "Map": self.map.root, "Does it help?": self.helps.root, "Share": self._make_share()}
-        self.more = w.Accordion([*sections.values()], titles=[*sections])
-        self.root = w.VBox([w.Accordion([self.compose.root], titles=("Compose",)), self.message, self.body, self.more])
+        self.more = [w.Accordion([made], titles=[title]) for title, made in sections.items()]  # each opens by itself
+        self.root = w.VBox([w.Accordion([self.compose.root], titles=("Compose",)), self.message, self.body, *self.more])
         self.root.add_class("al-panel")
         self._start = start
         self.put(Run(recipe))
