@@ -130,7 +130,7 @@ def curves(
         pen = 'stroke-width="6" stroke-linecap="round"' if len(x) == 1 else 'stroke-width="1.6" stroke-linejoin="round"'
         out.append(f'<path d="{_path(x, y, xlim, ylim, box)}" fill="none" stroke="{color}" {pen}/>')
         if len(drawn) > 1:
-            out.append(f'<path d="M{box[2] + 8} {34 + 15 * i}h12" stroke="{color}" stroke-width="3"/><text x="{box[2] + 24}" y="{38 + 15 * i}">{escape(name)}</text>')
+            out.append(f'<path d="M{box[2] + 8} {34 + 15 * i}h12" stroke="{color}" stroke-width="3"/><text x="{box[2] + 24}" y="{38 + 15 * i}">{short(name, 10)}</text>')
     return picture("".join(out), width, height, title)
 
 # %% ../nbs/80_draw.ipynb #0022
@@ -169,7 +169,7 @@ def bars(values: dict, title: str, width: int = 300, xlabel: str = "") -> SVG:
         known = v is not None and math.isfinite(v)
         length = (right - left) * min(1.0, max(0.0, v)) if known else 0
         out.append(
-            f'<text x="{left - 6}" y="{y + 10}" text-anchor="end">{short(name, 14)}</text>'
+            f'<text x="{left - 6}" y="{y + 10}" text-anchor="end">{short(name, 12)}</text>'
             f'<rect x="{left}" y="{y}" width="{right - left}" height="12" fill="currentColor" fill-opacity=".08"/>'
             f'<rect x="{left}" y="{y}" width="{length:.1f}" height="12" fill="{COLORS[i % len(COLORS)]}"/>'
             f'<text x="{right + 5}" y="{y + 10}">{f"{v:.2f}" if known else "–"}</text>'

@@ -122,8 +122,8 @@ def heatmaps(
         x, y = 8 + i % across * (side + 10), 22 + i // across * (side + 28)
         words.append(in_words(name, values, (rows, columns)))
         out.append(_image(shades(blocks(values), low, high), x, y, side, side, words[-1]))
-        size = f"{rows}×{columns}"
-        out.append(f'<text x="{x}" y="{y + side + 12}">{short(name, max(4, side // 6 - len(size)))} {size}</text>')
+        told = f'{short(name, side // 7)}</text><text x="{x}" y="{y + side + 22}" font-size="9" fill-opacity=".7">{rows}×{columns}'
+        out.append(f'<text x="{x}" y="{y + side + 12}">{told}</text>')
     below = 26 + -(-len(matrices) // across) * (side + 28)
     return picture("".join(out) + _scale(8, below, low, high, scale), width, below + 16, title, ". ".join(words))
 

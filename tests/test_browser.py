@@ -266,3 +266,143 @@ def test_a_restarted_kernel_is_told(project):
     page.wait_for_selector("text=run this cell again", timeout=30_000)
     idle = "() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
     page.wait_for_function(idle, timeout=30_000)
+
+
+def test_a_second_tab_and_a_reload_find_the_bench_running(project):
+    "The run is the kernel's: it survives its pages, and each page shows it."
+    folder, address, page = project
+    errors = bench_page(page, address)
+    python(page, "bench.panel.live.pace = 20")
+    page.wait_for_timeout(3000)  # the notebook is saved when its panel has come
+    where = f"{address}/doc/tree/nbs/workbench.ipynb?token=lab"
+    two = page.context.browser.new_page(viewport=dict(width=1280, height=900))
+    two.goto(where)
+    wait_bench(two, "running · step [1-9]")
+    press(two, "Pause")
+    wait_bench(page, "paused · step")
+    press(page, "Resume")
+    wait_bench(two, "running · step")
+    two.close()
+    page.reload()
+    wait_bench(page, "running · step")
+    before = pictures(page)
+    page.wait_for_timeout(2500)
+    assert pictures(page) != before and python(page, "print(bench.panel.live.state)").strip() == "running" and not errors
+
+
+def test_what_goes_wrong_is_told_and_nothing_is_lost(project):
+    "A picture that fails ends no training; a training that fails keeps its checkpoints, and goes on from one."
+    _, address, page = project
+    bench_page(page, address)
+    python(page, """bench.panel.live.pace = 100
+def fall(live): raise RuntimeError('a picture <b id=bold>fell</b> over')
+bench.panel.extra[0] = (bench.panel.extra[0][0], fall)""")
+    wait_bench(page, "running .*\\n*RuntimeError: a picture <b id=bold>fell</b> over")
+    first = int(python(page, "print(bench.panel.run.index)"))
+    page.wait_for_timeout(1000)
+    assert int(python(page, "print(bench.panel.run.index)")) > first and page.locator("#bold").count() == 0
+    python(page, """def poison(run):
+    import torch
+    with torch.no_grad(): next(run.model.parameters()).fill_(float('nan'))
+bench.panel.live.between(poison)""")
+    wait_bench(page, "failed .*\\n*NonFiniteLoss")
+    assert int(python(page, "bench.tree.written(); print(len(bench.tree.steps(bench.tree.current)))")) > 1
+    python(page, "bench.travel.step.value = bench.tree.steps(bench.tree.current)[-1]; bench.travel.leave()")
+    wait_bench(page, "ready · step [1-9]|paused · step [1-9]")
+    press(page, "Start")
+    wait_bench(page, "running · step [1-9]")
+    python(page, "bench.panel.live.stop()")
+
+
+def test_a_picture_is_taken_away(project):
+    "As SVG and as PNG, with the page's colours in it; what it is called is text."
+    folder, address, page = project
+    errors = bench_page(page, address)
+    python(page, "bench.panel.pause()\nfrom adaptive_lab.draw import picture\nbench.panel.loss.svg = picture('', 300, 100, '<img src=x onerror=window.__hurt=1>/../evil')")
+    page.locator(".al-panel").get_by_text("Share", exact=True).first.click()
+    menu = page.locator(".al-keep select").last
+    menu.focus()
+    names = menu.locator("option").all_inner_texts()
+    assert "accuracy on held-out data" in names and any("onerror" in n for n in names)
+    for name, kind, begin in (("accuracy on held-out data", "SVG", b"<?xml"), ("accuracy on held-out data", "PNG", b"\x89PNG"), (next(n for n in names if "onerror" in n), "SVG", b"<?xml")):
+        menu.select_option(name)
+        with page.expect_download() as given:
+            page.locator(".al-keep button", has_text=kind).last.click()
+        data = Path(given.value.path()).read_bytes()
+        assert data.startswith(begin) and b"var(--" not in data and re.fullmatch(r"[\w-]+\.(svg|png)", given.value.suggested_filename)
+    assert page.evaluate("() => window.__hurt ?? 0") == 0 and not errors
+    python(page, "bench.panel.live.stop()")
+
+
+SCREENS = Path(os.environ.get("ADAPTIVE_LAB_SCREENS", NBS.parent / "runs/screens"))  # pictures of every panel, kept by the run
+PANELS = {  # what stands on the stage, as code for the kernel; how it is known that it is there
+    **{name: (f"bench = Workbench({name!r}, folder='looks/{name}'); root = bench.root; bench.panel.start()", "running · step [1-9]|finished|paused") for name in ("tasks", "labels", "heads", "levels", "everything")},
+    "map": ("""bench = Workbench('labels', folder='looks/labels2')
+for at in (100, 200): bench.tree.save(bench.panel.run.advance(at))
+bench.put(bench.tree.at(bench.tree.current, 100), (bench.tree.current, 100)); bench.panel.run.change({'optimizer.lr': 0.02}); bench.tree.save(bench.panel.run.advance(200))
+bench.map.chart(); root = ipywidgets.VBox([bench.map.root]); root.add_class('al-panel')""", "checkpoints of 2 branches"),
+    "landscape": ("""import numpy as np
+from adaptive_lab.branchmap import judge, kin
+from adaptive_lab.epsilon_vae.landscape import run_plane
+from adaptive_lab.panels.landscape import LandscapePanel
+(p,) = kin(bench.tree.store.folder, bench.recipe())
+panel = LandscapePanel(run_plane(p, p.runs[0]), judge(p.rows[0].recipe), 'looks/decoded', p.rows[0].recipe, n=11)
+while panel.advance(): pass
+panel.draw(); root = panel.root""", "measured"),
+}
+FIT = """() => { const wrong = [], root = document.querySelector('.al-panel');
+  for (const e of [root, document.querySelector('.jp-WindowedPanel-outer') ?? root]) if (e.scrollWidth > e.clientWidth + 1) wrong.push(`${e.className} is ${e.scrollWidth} wide, and ${e.clientWidth} are seen`);
+  for (const e of root.querySelectorAll('.widget-slider, .widget-checkbox, .widget-dropdown, .widget-text')) {
+    if (!e.getClientRects().length) continue;
+    const name = e.querySelector('.widget-label')?.textContent || e.querySelector('.widget-label-basic span')?.textContent;
+    if (!name) wrong.push(`no label: ${e.outerHTML.slice(0, 120)}`); }
+  for (const e of root.querySelectorAll('.al-live svg')) for (const t of e.querySelectorAll('text')) { const a = t.getBoundingClientRect(), b = e.getBoundingClientRect();
+    if (a.width && b.width > 100 && (a.right > b.right + 3 || a.left < b.left - 3)) wrong.push(`text over the edge: ${t.textContent} in ${e.getAttribute('aria-label')?.slice(0, 40)}`); }
+  for (const e of root.querySelectorAll('button, input, select, textarea, [tabindex]')) if (e.getClientRects().length && e.getAttribute('data-lm-suppress-shortcuts') !== 'true') wrong.push(`keys leak: ${e.outerHTML.slice(0, 120)}`);
+  return wrong; }"""
+
+
+@pytest.fixture(scope="module")
+def stage(project):
+    "A page as wide as a small laptop with an empty stage, on which panels are put."
+    import nbformat
+
+    folder, address, page = project
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import ipywidgets\nfrom adaptive_lab.panels.workbench import Workbench\nstage = ipywidgets.VBox()\nstage")])
+    nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
+    nbformat.write(nb, folder / "nbs/stage.ipynb")
+    before = page.viewport_size
+    page.set_viewport_size(dict(width=1280, height=720))
+    open_notebook(page, address, "nbs/stage.ipynb")
+    run_all(page, None)
+    yield page
+    theme(page, "Light")
+    page.set_viewport_size(before)
+
+
+def theme(page, name):
+    page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})")
+    page.wait_for_function(f"() => document.body.dataset.jpThemeLight === '{str(name == 'Light').lower()}'", timeout=20_000)
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_every_panel_is_seen_in_both_themes(stage, name):
+    "Nothing is cut off at 1280 pixels, every control has a label, no key leaks; a picture is kept for whoever looks."
+    code, there = PANELS[name]
+    errors = []
+    stage.on("pageerror", lambda e: errors.append(str(e)))
+    said = python(stage, f"[c.close() for c in stage.children]\n{code}\nstage.children = [root]")
+    assert "Error" not in said, said
+    wait_bench(stage, there, 90)
+    stage.wait_for_timeout(3500)
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    for look in ("Light", "Dark"):
+        theme(stage, look)
+        stage.set_viewport_size(dict(width=1280, height=min(2400, 200 + int(stage.locator(".al-panel").first.bounding_box()["height"]))))
+        stage.wait_for_timeout(900)
+        stage.evaluate("() => document.querySelector('.al-panel').scrollIntoView()")
+        stage.screenshot(path=SCREENS / f"{name}-{look.lower()}.png")
+        assert stage.evaluate(FIT) == []
+    stage.set_viewport_size(dict(width=1280, height=720))
+    python(stage, "bench.panel.live.stop()")
+    assert not errors

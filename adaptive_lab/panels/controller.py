@@ -15,6 +15,7 @@ from ..controller.edits import after, edit_between, gates_of
 from ..gatepictures import gate_picture, part_name
 from ..gatewatch import Watch, controller_of, heads_group
 from ..knobs import KnobError
+from .controls import meaning
 from .gategrid import GateGrid, rows_of
 from .gateviews import bars_of, facts_html, front_view, losses_view, notes_of, passages_html, timeline_view
 from .picture import Picture
@@ -96,7 +97,7 @@ def _lay_out(self, live, fixed):
     self.facts, self.text = w.HTML(facts_html(self.watch)), w.HTML(passages_html([]), layout=dict(width="100%", margin="0"))
     shown = [c for c in live if c not in [self.controls[a] for a in self._apart()]]
     at_reset = w.Accordion([w.VBox(fixed)], titles=("At the next reset",))
-    right = w.VBox([self._edit_field(), *shown, at_reset, self._make_export()], layout=dict(flex="1 1 320px", max_width="430px"))
+    right = w.VBox([meaning(), self._edit_field(), *shown, at_reset, self._make_export()], layout=dict(flex="1 1 320px", max_width="430px"))
     first = w.Box([w.VBox([self._heading("gates"), self.grid, self._make_gate_buttons()]), self.loss], layout=WRAP)
     left = w.VBox([first, self.facts, w.Box([self.timeline, self.front], layout=WRAP), self._make_text(), w.Box([p for p, _ in self.extra], layout=WRAP)], layout=dict(flex="3 1 740px"))
     top = w.Box([*(self.buttons[t] for t in ("Start", "Pause", "Step", "Step n")), self.n, *(self.buttons[t] for t in ("Reset", "Stop", "Back", "Again", "Defaults")), self.pace], layout=WRAP)

@@ -300,8 +300,8 @@ def _say(self, text: str = ""):
         speed = min(live.speed, live.pace or live.speed)
         parts += [f"{speed:.0f} steps/s", f"{max(0, run.recipe['run.steps'] - run.index) / speed:.0f} s left"]
     parts += [f"{escape(a.split('.')[1])} = {v:.4g} from the next step on" if isinstance(v, float) else f"{escape(a)} = {escape(str(v))} waits" for a, v in run.waiting.items() if v != ""]
-    text = self._message or (f"{type(live.error).__name__}: {live.error}" if live.error else "")
-    self.status.value = " · ".join(parts) + (f"<br>{alert(text)}" if text else "")
+    wrong = f"{type(live.error).__name__}: {live.error}" if live.error else ""
+    self.status.value = " · ".join(parts) + "".join(f"<br>{alert(text)}" for text in dict.fromkeys((wrong, self._message)) if text)
 
 def draw_extra(self, leave=frozenset()):
     "Renew the pictures of the mechanisms, but for the views to leave as they are."

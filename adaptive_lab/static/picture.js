@@ -62,7 +62,7 @@ function render({ model, el }) {
   const find = () => {   // the panel is attached to the page a moment after its parts are made
     const root = el.closest(".al-panel");
     if (!root) return tries-- > 0 && setTimeout(find, 50);
-    guard(root);
+    for (let r = root; r; r = r.parentElement.closest(".al-panel")) guard(r);   // a panel may stand in another
     if (!model.get("arrive")) return;
     model.set("arrive", false);
     model.save_changes();
