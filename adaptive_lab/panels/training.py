@@ -217,7 +217,7 @@ def _do(self, act):
             self._pulse = asyncio.get_running_loop().create_task(self._follow())
         except RuntimeError:  # no event loop: nobody is looking
             pass
-    self.draw()
+    self._draw_all()
 
 # %% ../../nbs/90_panels.training.ipynb #0019
 def start(self):
@@ -333,27 +333,31 @@ def _draw_soon(self, whole: bool = True):
 def _draw_now(self):
     self._due = False
     if self._whole or self.live.state != "running":
-        return self.draw(BY_STEP)
-    self.draw_extra(BY_STEP)  # the other pictures come with the next of the run
-    self._say()
+        return self._draw_all(BY_STEP)
+    self._draw_all(BY_STEP, self.draw_extra)  # the other pictures come with the next of the run
 
 # %% ../../nbs/90_panels.training.ipynb #0025
+def _draw_all(self, leave=frozenset(), draw=None):
+    "Redraw; a picture that fails is told, and ends neither the pictures nor the news of the run."
+    try:
+        (draw or self.draw)(leave)
+        self._say()
+    except Exception as e:
+        self._say(f"{type(e).__name__}: {e}")
+
 async def _follow(self):
     "Redraw while the run goes on, as often as the cost allows, and once at its end."
     calm = 0.0
     while self.live.state == "running":
         begun = time.perf_counter()
         leave, calm = (BY_STEP, calm) if begun - calm < CALM else (frozenset(), begun)
-        try:
-            self.draw(leave)
-        except Exception as e:  # a picture that fails must not end the pictures
-            self._say(f"{type(e).__name__}: {e}")
+        self._draw_all(leave)
         cost = time.perf_counter() - begun
         if begun - self._drawn_still > STILL_EVERY:
             self._keep()
         await asyncio.sleep(max(FASTEST, cost / SHARE) if self.run.index > 1 else 0.02)  # the first steps are shown at once
     await self.live.rest()
-    self.draw()
+    self._draw_all()
     self._keep()
 
 def _keep(self):
@@ -376,5 +380,5 @@ def _ipython_display_(self):
 
 # %% ../../nbs/90_panels.training.ipynb #0027
 for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _remember_turn, turn_back, turn_again, _undo, defaults, _do, start, pause, step, stop, _fixed, reset, _rebuild, _enable, save, show_code,
-          _say, draw_extra, draw, _draw_soon, _draw_now, _follow, _keep, _pictures, _ipython_display_):
+          _say, draw_extra, draw, _draw_soon, _draw_now, _draw_all, _follow, _keep, _pictures, _ipython_display_):
     setattr(TrainingPanel, f.__name__, f)
