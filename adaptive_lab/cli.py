@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'COMMANDS', 'EXPECTED', 'chooser', 'flags_of', 'recipe_from_flags', 'train_command', 'resume_command',
-           'replay_command', 'read_sessions', 'benches', 'bench_command', 'doctor_command', 'lab_command',
-           'epsilon_command', 'report_command', 'bytes_command', 'generate_command', 'main']
+           'replay_command', 'found_beside', 'read_sessions', 'benches', 'bench_command', 'doctor_command',
+           'lab_command', 'epsilon_command', 'report_command', 'bytes_command', 'generate_command', 'main']
 
 # %% ../nbs/98_cli.ipynb #0003
 import argparse
@@ -107,10 +107,17 @@ def replay_command(argv) -> int:
     p.add_argument("--name", default="replay", help="its name there (default: replay)")
     options = p.parse_args(argv)
     sessions = read_sessions(options.file)
+    for s in sessions.values():
+        s.recipe.knobs["run"].weights = found_beside(options.file, s.recipe["run.weights"])
     if options.store:
         for name in sessions:
             free_name(Store(options.store), options.name + name, False)
     return max((_replay(s, name, options) for name, s in sessions.items()), default=0)
+
+def found_beside(file: Path, named: str) -> str:
+    "A path as it was from where the recording was made, looked for from here and from every folder that the record lies in."
+    beside = (str(folder / named) for folder in file.resolve().parents if named and (folder / named).exists())
+    return named if not named or Path(named).exists() else next(beside, named)
 
 def read_sessions(path: Path) -> dict[str, Session]:
     "The session in a file under an empty name, or those of its branches. Raises `RecipeError`."

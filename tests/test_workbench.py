@@ -248,3 +248,71 @@ def test_the_report_is_a_page_and_its_flags_are_checked_before_anything_runs(tmp
     assert html.count("<script") == 2 and "replay(recipe" in html and len(html) < 300_000
     for wrong, said in ((["--out", str(tmp_path / "no/r.html")], "in a folder that exists"), (["--out", str(tmp_path / "r.html"), "--frames", "1"], "2 to 1000 frames")):
         assert main([*flags, *wrong]) == 2 and said in capsys.readouterr().err
+
+
+# --- the map -----------------------------------------------------------------------------------------
+
+
+def two_branches(bench, **turned):
+    "Main to its end, and a branch that left it half-way."
+    bench.tree.save(bench.panel.run.advance(60))
+    bench.tree.save(bench.panel.run.advance())
+    run = bench.tree.at(bench.tree.current, 60)
+    run.change(turned or {"optimizer.lr": 0.01})
+    bench.put(run, (bench.tree.current, 60))
+    bench.tree.save(bench.panel.run.advance())
+
+
+def marked(map_):
+    "The ends of the two branches, as A and B."
+    panel = map_.panel
+    for letter, i in zip("AB", panel.atlas.populations[0].last()):
+        panel.map.point = panel.frame.to_pixels(panel.atlas.flat[int(i)]).tolist()
+        panel.mark(letter)
+    return panel
+
+
+def test_a_run_goes_on_from_between_two_branches_and_replays_from_elsewhere(bench, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench.folder = bench.map.folder.parent
+    two_branches(bench)
+    bench.map.folder = bench.map.folder.relative_to(tmp_path)  # as in a notebook, whose folder is where the kernel is
+    bench.map.chart()
+    assert "2 branches" in bench.map.message.value
+    panel = marked(bench.map)
+    panel.slide(0.5)
+    panel.train_on()
+    assert bench.tree.current == "decoded" and bench.panel.run.begun_with == panel.verified.weights and bench.panel.run.index == 0
+    bench.panel.run.advance(40)
+    bench.save_branches()
+    monkeypatch.chdir("/")
+    assert main(["replay", str(tmp_path / "bench/run.json")]) == 0
+
+
+def test_a_map_needs_two_branches_and_says_so(bench):
+    bench.map.chart()
+    assert "a map needs two branches" in bench.map.message.value and not bench.map.draw.disabled and bench.map.panel is None
+
+
+def test_between_transformers_is_a_straight_line_where_their_shapes_are_one(tmp_path):
+    sizes = {"model.num_layers": 2, "model.num_heads": 2, "model.dim": 16, "run.steps": 20, "run.threads": 1, "run.eval_every": 20, "data.limit": 20_000}
+    bench = Workbench(Recipe("dialect", "adaptive_transformer", "adam", sizes), tmp_path / "bench", pace=None, start=False)
+    bench.tree.save(bench.panel.run.advance())
+    for change in ({"optimizer.lr": 0.02}, {"model.edit": "-0.1"}):
+        run = Run(bench.recipe())
+        run.change(change)
+        bench.put(run)
+        bench.tree.save(bench.panel.run.advance())
+    bench.map.chart()
+    atlas = bench.map.panel.atlas
+    ends = {atlas.rows[i].run: i for i in range(len(atlas)) if atlas.rows[i].step == 20}
+    a, b, pruned = (ends[n] for n in ("dialect", "dialect-2", "dialect-3"))
+    middle, _ = atlas.between(a, b, 0.5)
+    assert torch.allclose(middle["bytes.weight"], (atlas.state(a)["bytes.weight"] + atlas.state(b)["bytes.weight"]) / 2)
+    with pytest.raises(ValueError, match="other heads or sizes"):
+        atlas.between(a, pruned, 0.5)
+    k, _ = atlas.at(pruned)
+    assert set(atlas.evaluators[k].metrics(atlas.state(pruned))) == {"accuracy", "loss"}
+    bench.map.panel.marked = {"A": a, "B": b}
+    bench.map.panel.slide(0.5)
+    assert "bits per byte" in bench.map.panel.samples.svg

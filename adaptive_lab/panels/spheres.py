@@ -265,8 +265,8 @@ def draw(self, leave=frozenset()):
     "Renew the pictures, those that change slowly unless there is something to leave, and the status line."
     self._fresh()
     self._measure()
-    self._read_along()
     self._show_spheres()
+    self._read_along()
     if self.scene is not None and (not leave or not self.loss.svg or self.live.state != "running"):
         self.loss.svg, self.bits.svg, levels = loss_view(self.live, 450), self._held_out(), self._moment().levels
         self.draw_extra(leave)
