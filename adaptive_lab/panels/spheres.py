@@ -210,7 +210,7 @@ READ = 6.0  # seconds between two windows of text at least
 def _read_along(self):
     "Have the window of the moment looked for, if the page reads along and it is time for another."
     now = time.perf_counter()
-    if not self.view.read or self._looked["reading"] == self.run.index or now - self._at["reading"] < max(READ, self._cost["reading"] / SHARE):
+    if not self.view.read or self.scene is None or self._looked["reading"] == self.run.index or now - self._at["reading"] < max(READ, self._cost["reading"] / SHARE):
         return
     self._at["reading"] = now
     def look(run):
@@ -221,7 +221,7 @@ def _read_along(self):
 # %% ../../nbs/91_panels.spheres.ipynb #0027
 def _window(self, future):
     "It was looked for."
-    if future.exception() is not None or future.result()[0] is not self.run or self.scene is None:
+    if future.exception() is not None or future.result()[0] is not self.run:
         return
     _, index, found, cost = future.result()
     self._looked["reading"], self._cost["reading"] = index, cost
