@@ -65,6 +65,7 @@ def save(self, run: Run):
         run.save(self.store, self.current)
     self._saved = time.perf_counter()
 
+# %% ../nbs/19_branches.ipynb #0008
 def save_beside(self, run: Run):
     "The same, written by a thread while the run goes on: a disk may take its time. `written` waits for it, and raises what went wrong."
     if self._writing is not None and not self._writing.done():
@@ -85,7 +86,7 @@ def written(self):
 
 Branches.begin, Branches.save, Branches.save_beside, Branches.written = begin, save, save_beside, written
 
-# %% ../nbs/19_branches.ipynb #0009
+# %% ../nbs/19_branches.ipynb #0010
 SHARE = 0.02  # of the time may go into checkpoints
 
 def kept(self, run: Run, every: int = 25) -> Iterator[Step]:
@@ -102,7 +103,7 @@ def kept(self, run: Run, every: int = 25) -> Iterator[Step]:
 
 Branches.kept = kept
 
-# %% ../nbs/19_branches.ipynb #0011
+# %% ../nbs/19_branches.ipynb #0012
 def tape(self, name: str) -> Tape:
     "The whole tape of a branch."
     found = max(self.store.checkpoints(name), key=lambda c: c.step, default=None)
@@ -132,7 +133,7 @@ def branch(self, name: str, step: int) -> Run:
 
 Branches.tape, Branches.at, Branches.branch = tape, at, branch
 
-# %% ../nbs/19_branches.ipynb #0013
+# %% ../nbs/19_branches.ipynb #0014
 def session(self, name: str) -> Session:
     "A branch as far as it is saved."
     steps = self.steps(name)
@@ -149,7 +150,7 @@ def seen(self, name: str) -> dict:
 
 Branches.session, Branches.sessions, Branches.seen = session, sessions, seen
 
-# %% ../nbs/19_branches.ipynb #0015
+# %% ../nbs/19_branches.ipynb #0016
 def to_dict(self) -> dict:
     "Every branch: where it left another, and its session. Plain JSON data."
     parents = self.parents

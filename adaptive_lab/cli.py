@@ -119,6 +119,7 @@ def found_beside(file: Path, named: str) -> str:
     beside = (str(folder / named) for folder in file.resolve().parents if named and (folder / named).exists())
     return named if not named or Path(named).exists() else next(beside, named)
 
+# %% ../nbs/98_cli.ipynb #0011
 def read_sessions(path: Path) -> dict[str, Session]:
     "The session in a file under an empty name, or those of its branches. Raises `RecipeError`."
     try:
@@ -132,7 +133,7 @@ def read_sessions(path: Path) -> dict[str, Session]:
             raise RecipeError(f"{path}: {e}") from None
     return {"": load_session(path)}  # which says what is wrong with a file that is none
 
-# %% ../nbs/98_cli.ipynb #0011
+# %% ../nbs/98_cli.ipynb #0012
 def _replay(session: Session, name: str, options) -> int:
     "Replay one; 0 if its weights are those that were recorded."
     threads = (session.made_with or {}).get("threads")
@@ -154,7 +155,7 @@ def _replay(session: Session, name: str, options) -> int:
     print(f"DIFFERENT from the recorded weights {session.weights}\nrecorded with {session.made_with}; {why}")
     return 1
 
-# %% ../nbs/98_cli.ipynb #0012
+# %% ../nbs/98_cli.ipynb #0013
 def benches() -> list[str]:
     "Names of the benchmarks there are."
     import adaptive_lab.bench as package
@@ -176,7 +177,7 @@ def bench_command(argv) -> int:
         write_durably(options.json, [(json.dumps(report.to_dict(), indent=1) + "\n").encode()])
     return 0 if report.holds else 1
 
-# %% ../nbs/98_cli.ipynb #0013
+# %% ../nbs/98_cli.ipynb #0014
 def doctor_command(argv) -> int:
     "adaptive-lab doctor"
     from adaptive_lab.doctor import main as doctor
@@ -189,7 +190,7 @@ def lab_command(argv) -> int:
 
     return lab(argv)
 
-# %% ../nbs/98_cli.ipynb #0014
+# %% ../nbs/98_cli.ipynb #0015
 def epsilon_command(argv) -> int:
     "adaptive-lab epsilon"
     from adaptive_lab.cells import load_measure
@@ -211,7 +212,7 @@ def epsilon_command(argv) -> int:
     print(f"{report.atlas}\n{new}\nthe report: {options.save_dir / 'report.html'}")
     return 0
 
-# %% ../nbs/98_cli.ipynb #0015
+# %% ../nbs/98_cli.ipynb #0016
 def report_command(argv) -> int:
     "adaptive-lab report"
     from adaptive_lab.report import flags, make_report
@@ -228,7 +229,7 @@ def bytes_command(argv) -> int:
 
     return train_bytes(argv)
 
-# %% ../nbs/98_cli.ipynb #0016
+# %% ../nbs/98_cli.ipynb #0017
 def generate_command(argv) -> int:
     "adaptive-lab generate"
     from adaptive_lab.generating import generate_command as generate
@@ -248,7 +249,7 @@ COMMANDS = {
     "lab": (lab_command, "open the workbench in JupyterLab"),
 }
 
-# %% ../nbs/98_cli.ipynb #0017
+# %% ../nbs/98_cli.ipynb #0018
 EXPECTED = (UnknownPart, StoreError, ArithmeticError, ValueError, OSError)  # KnobError, RecipeError and DataError are ValueErrors
 
 def main(argv: list[str] | None = None) -> int:
@@ -273,6 +274,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted at once; checkpoints committed before are whole", file=sys.stderr)
         return 130
 
-# %% ../nbs/98_cli.ipynb #0019
+# %% ../nbs/98_cli.ipynb #0020
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

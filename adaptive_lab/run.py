@@ -76,6 +76,7 @@ def _begin_with(model, file: str) -> str:
     except (StoreError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise RecipeError(f"run.weights={file!r} cannot be what this model begins with: {' '.join(str(e).split())}") from None
 
+# %% ../nbs/16_run.ipynb #0012
 def _composed(recipe: Recipe, model, needed: dict[str, dict]) -> torch.optim.Optimizer:
     "The recipe's optimizer with its mechanisms around it, each given what it needs to know of the data."
     build = lambda group, *more: recipe.parts[group].build(recipe.knobs[group], model, *more, **needed[group])
@@ -83,16 +84,11 @@ def _composed(recipe: Recipe, model, needed: dict[str, dict]) -> torch.optim.Opt
     around = {name: build(name, base) for name in recipe.mechanisms}
     return Composed(base, around) if around else base
 
-# %% ../nbs/16_run.ipynb #0012
+# %% ../nbs/16_run.ipynb #0013
 class Run:
     "A recipe's model, optimizer and data, its position, and what was measured on the way."
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tape: Tape | None = None,
-        fresh: bool = True,  # False: its weights will come from a checkpoint, so `run.weights` need not be there
-    ):
+    def __init__(self, recipe: Recipe, tape: Tape | None = None, fresh: bool = True):  # not fresh: its weights will be a checkpoint's, not `run.weights`
         self.recipe, self.tape = recipe, checked_tape(recipe, tape or Tape())
         self.knobs = {group: k.model_copy() for group, k in recipe.knobs.items()}
         seed, build = recipe["run.seed"], recipe.parts
@@ -102,8 +98,7 @@ class Run:
             _check_fit(self.model, self.data, recipe.names)
             self.begun_with = _begin_with(self.model, recipe["run.weights"]) if fresh and recipe["run.weights"] else None  # digest
             self._needed = {g: getattr(build[g].build, "needs", lambda *_: {})(self.knobs[g], self.data) for g in ("optimizer", *recipe.mechanisms)}
-        accumulate = self.knobs["training"].accumulate
-        self.boundaries = [-(-b // accumulate) for b in self.data.boundaries]  # steps made when a new task begins
+        self.boundaries = [-(-b // self.knobs["training"].accumulate) for b in self.data.boundaries]  # steps made when a new task begins
         self.position: dict = {}  # of the last step; empty before the first
         self.losses = array("d")  # one a step
         self.evaluations: list[dict] = []  # {"step": steps made, "accuracy": ..., ...}
@@ -120,7 +115,7 @@ class Run:
         "Steps made so far, and so the index of the next one."
         return self.position.get("step", 0)
 
-# %% ../nbs/16_run.ipynb #0015
+# %% ../nbs/16_run.ipynb #0016
 def change(self, changes: dict | None = None, **by_name):
     "Ask for knobs to change before the next step, all at once: `run.change({'optimizer.lr': .01})`. Raises `KnobError`, then nothing changes."
     asked = {address: check_change(self.recipe, address, value) for address, value in dict(changes or {}, **by_name).items()}
@@ -147,7 +142,7 @@ def _apply(self, changes: dict):
         if group == "model":  # a model part with a live knob has a `turn`
             self.recipe.parts["model"].build.turn(self.model, name, value, self.optimizer)
 
-# %% ../nbs/16_run.ipynb #0016
+# %% ../nbs/16_run.ipynb #0017
 def _take_changes(self):
     "What the tape says for this step, then what was asked for since; the latter is recorded."
     if self._replay and (taped := self._replay.pop(self.index, None)):
@@ -162,14 +157,14 @@ def _take_changes(self):
         for address, value in asked.items():
             self.tape.add(Change(self.index, address, value))
 
-# %% ../nbs/16_run.ipynb #0019
+# %% ../nbs/16_run.ipynb #0020
 def _announce(self):
     "Tell an optimizer that asks for it which samples the next step is made of, batch by batch."
     if hasattr(self.optimizer, "meet") and hasattr(self.data.train, "rows"):
         first = self.position.get("batch", 0)
         self.optimizer.meet([self.data.train.rows(i) for i in range(first, first + self.knobs["training"].accumulate)])
 
-# %% ../nbs/16_run.ipynb #0020
+# %% ../nbs/16_run.ipynb #0021
 def steps(self) -> Iterator[Step]:
     "The rest of the run, a step at each `next`. Knobs turned meanwhile hold from the next step on."
     self._replay = {c.step: self.tape.at(c.step) for c in self.tape if c.step >= self.index}
@@ -194,7 +189,7 @@ def steps(self) -> Iterator[Step]:
             getattr(self.optimizer, "consolidate", nullcontext)()
         yield step
 
-# %% ../nbs/16_run.ipynb #0021
+# %% ../nbs/16_run.ipynb #0022
 def advance(self, until: int | None = None) -> "Run":
     "Make steps up to index `until` (the recipe's end when None)."
     end = self.recipe["run.steps"]
@@ -207,11 +202,11 @@ def advance(self, until: int | None = None) -> "Run":
     feed.close()
     return self
 
-# %% ../nbs/16_run.ipynb #0022
+# %% ../nbs/16_run.ipynb #0023
 Run.waiting, Run.change, Run._apply, Run._take_changes, Run.steps, Run.advance = property(waiting), change, _apply, _take_changes, steps, advance
 Run._announce = _announce
 
-# %% ../nbs/16_run.ipynb #0027
+# %% ../nbs/16_run.ipynb #0028
 def state_digest(state: dict[str, torch.Tensor]) -> str:
     "BLAKE3 of all tensors of a state, with their names, types and shapes, in hexadecimal."
     h = blake3()
@@ -232,12 +227,12 @@ def data_digest(data) -> str:
         h.update(as_bytes(t.contiguous()))
     return h.hexdigest()[:16]
 
-# %% ../nbs/16_run.ipynb #0028
+# %% ../nbs/16_run.ipynb #0029
 def replay(recipe: Recipe, tape: Tape | None = None, until: int | None = None) -> Run:
     "Build the recipe and make its steps up to `until`, turning the knobs as the tape says."
     return Run(recipe, Tape(tape or ())).advance(until)
 
-# %% ../nbs/16_run.ipynb #0029
+# %% ../nbs/16_run.ipynb #0030
 def session(self) -> Session:
     "This run so far, as a record that can be saved, shown as code and replayed."
     made_with = dict(adaptive_lab=__version__, torch=torch.__version__, threads=torch.get_num_threads(), data=data_digest(self.data))
@@ -246,7 +241,7 @@ def session(self) -> Session:
 
 Run.session = session
 
-# %% ../nbs/16_run.ipynb #0034
+# %% ../nbs/16_run.ipynb #0035
 def _weights(self) -> tuple[dict, dict]:
     "The model's state as it is measured, and what training goes on from where that differs."
     own = self.model.state_dict()
@@ -258,7 +253,7 @@ def _weights(self) -> tuple[dict, dict]:
 
 Run._weights = _weights
 
-# %% ../nbs/16_run.ipynb #0035
+# %% ../nbs/16_run.ipynb #0036
 def snapshot(self) -> dict:
     "What a checkpoint of this moment holds: the arguments of `Store.save` but for the name. Its tensors are the run's own. Raises `ArithmeticError` if a weight is not finite."
     if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
@@ -277,7 +272,7 @@ def save(self, store: Store, name: str):
     "Commit the run's present state to the store; returns the store's checkpoint. Raises what `snapshot` and `Store.save` raise."
     return store.save(name, **self.snapshot())
 
-# %% ../nbs/16_run.ipynb #0036
+# %% ../nbs/16_run.ipynb #0037
 def resume(store: Store, name: str, step: int | None = None) -> Run:
     "The run as it was when that checkpoint (the latest when `step` is None) was committed. Raises the store's errors."
     found = [c for c in store.checkpoints(name) if step in (None, c.step)]
@@ -296,7 +291,7 @@ def resume(store: Store, name: str, step: int | None = None) -> Run:
 
 Run.snapshot, Run.save, Run.resume = snapshot, save, staticmethod(resume)
 
-# %% ../nbs/16_run.ipynb #0037
+# %% ../nbs/16_run.ipynb #0038
 def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]:
     "The run's steps, with a checkpoint committed every `every` steps and after the last one."
     for step in run.steps():
@@ -304,7 +299,7 @@ def saved(run: Run, store: Store, name: str, every: int = 500) -> Iterator[Step]
             run.save(store, name)
         yield step
 
-# %% ../nbs/16_run.ipynb #0042
+# %% ../nbs/16_run.ipynb #0043
 def measure(recipe: dict, seed: int) -> dict[str, float]:
     "Run a recipe (plain data) to its end with that seed: last loss, accuracies, and `forgetting` when there are tasks."
     return measured(recipe, seed)[1]

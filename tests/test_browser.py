@@ -394,6 +394,9 @@ def test_every_panel_is_seen_in_both_themes(stage, name):
     said = python(stage, f"[c.close() for c in stage.children]\n{code}\nstage.children = [root]")
     assert "Error" not in said, said
     wait_bench(stage, there, 90)
+    if name == "levels":
+        stage.get_by_label("read along").check()
+        stage.wait_for_function("() => document.querySelectorAll('.al-spheres .reader span.read').length > 1", timeout=60_000)
     stage.wait_for_timeout(3500)
     SCREENS.mkdir(parents=True, exist_ok=True)
     for look in ("Light", "Dark"):

@@ -360,6 +360,7 @@ async def _follow(self):
     self._draw_all()
     self._keep()
 
+# %% ../../nbs/90_panels.training.ipynb #0026
 def _keep(self):
     "Renew the picture that stays in the notebook's file."
     self._drawn_still = time.perf_counter()
@@ -370,7 +371,7 @@ def _pictures(self) -> list[str]:
     "What stays in the file."
     return [p.svg for p in (self.accuracy, self.loss, *[p for p, _ in self.extra])]
 
-# %% ../../nbs/90_panels.training.ipynb #0026
+# %% ../../nbs/90_panels.training.ipynb #0027
 def _ipython_display_(self):
     self._still.show(still(self._pictures(), "Run this cell to make it live."))
     from IPython.display import display
@@ -378,7 +379,7 @@ def _ipython_display_(self):
     display(self.root)
     self._draw_soon()  # the page lays the controls out while the kernel builds the optimizer for the other pictures
 
-# %% ../../nbs/90_panels.training.ipynb #0027
+# %% ../../nbs/90_panels.training.ipynb #0028
 for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _remember_turn, turn_back, turn_again, _undo, defaults, _do, start, pause, step, stop, _fixed, reset, _rebuild, _enable, save, show_code,
           _say, draw_extra, draw, _draw_soon, _draw_now, _draw_all, _follow, _keep, _pictures, _ipython_display_):
     setattr(TrainingPanel, f.__name__, f)
