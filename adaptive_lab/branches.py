@@ -54,8 +54,13 @@ def begin(self, run: Run, name: str = "main", parent: tuple[str, int] | None = N
         number += 1
         own = f"{name}-{number}"
     write_durably(self.path, [json.dumps(known | {own: parent}, indent=1).encode()])
-    self.current = own
-    self.save(run)
+    before, self.current = self.current, own
+    try:
+        self.save(run)
+    except BaseException:  # a branch without its first checkpoint is none
+        self.current = before
+        write_durably(self.path, [json.dumps(known, indent=1).encode()])
+        raise
     return own
 
 def save(self, run: Run):

@@ -112,7 +112,7 @@ def replay_command(argv) -> int:
     if options.store:
         for name in sessions:
             free_name(Store(options.store), options.name + name, False)
-    return max((_replay(s, name, options) for name, s in sessions.items()), default=0)
+    return max(_replay_or_say(s, name, options) for name, s in sessions.items())
 
 def found_beside(file: Path, named: str) -> str:
     "A path as it was from where the recording was made, looked for from here and from every folder that the record lies in."
@@ -128,12 +128,25 @@ def read_sessions(path: Path) -> dict[str, Session]:
         record = None
     if isinstance(record, dict) and "branches" in record:
         try:
-            return {f"-{name}": s for name, s in sessions_from_dict(record).items()}
+            if found := {f"-{name}": s for name, s in sessions_from_dict(record).items()}:
+                return found
+            raise ValueError("it holds no branch")
         except (ValueError, LookupError) as e:
             raise RecipeError(f"{path}: {e}") from None
     return {"": load_session(path)}  # which says what is wrong with a file that is none
 
 # %% ../nbs/98_cli.ipynb #0012
+def _replay_or_say(session: Session, name: str, options) -> int:
+    "Replay one of several: what one cannot do keeps none from the others."
+    if not name:
+        return _replay(session, name, options)
+    try:
+        return _replay(session, name, options)
+    except EXPECTED as e:
+        print(f"branch {name[1:]} cannot be replayed: {e}", file=sys.stderr)
+        return 2
+
+# %% ../nbs/98_cli.ipynb #0013
 def _replay(session: Session, name: str, options) -> int:
     "Replay one; 0 if its weights are those that were recorded."
     threads = (session.made_with or {}).get("threads")
@@ -155,7 +168,7 @@ def _replay(session: Session, name: str, options) -> int:
     print(f"DIFFERENT from the recorded weights {session.weights}\nrecorded with {session.made_with}; {why}")
     return 1
 
-# %% ../nbs/98_cli.ipynb #0013
+# %% ../nbs/98_cli.ipynb #0014
 def benches() -> list[str]:
     "Names of the benchmarks there are."
     import adaptive_lab.bench as package
@@ -177,7 +190,7 @@ def bench_command(argv) -> int:
         write_durably(options.json, [(json.dumps(report.to_dict(), indent=1) + "\n").encode()])
     return 0 if report.holds else 1
 
-# %% ../nbs/98_cli.ipynb #0014
+# %% ../nbs/98_cli.ipynb #0015
 def doctor_command(argv) -> int:
     "adaptive-lab doctor"
     from adaptive_lab.doctor import main as doctor
@@ -190,7 +203,7 @@ def lab_command(argv) -> int:
 
     return lab(argv)
 
-# %% ../nbs/98_cli.ipynb #0015
+# %% ../nbs/98_cli.ipynb #0016
 def epsilon_command(argv) -> int:
     "adaptive-lab epsilon"
     from adaptive_lab.cells import load_measure
@@ -212,7 +225,7 @@ def epsilon_command(argv) -> int:
     print(f"{report.atlas}\n{new}\nthe report: {options.save_dir / 'report.html'}")
     return 0
 
-# %% ../nbs/98_cli.ipynb #0016
+# %% ../nbs/98_cli.ipynb #0017
 def report_command(argv) -> int:
     "adaptive-lab report"
     from adaptive_lab.report import flags, make_report
@@ -229,7 +242,7 @@ def bytes_command(argv) -> int:
 
     return train_bytes(argv)
 
-# %% ../nbs/98_cli.ipynb #0017
+# %% ../nbs/98_cli.ipynb #0018
 def generate_command(argv) -> int:
     "adaptive-lab generate"
     from adaptive_lab.generating import generate_command as generate
@@ -249,7 +262,7 @@ COMMANDS = {
     "lab": (lab_command, "open the workbench in JupyterLab"),
 }
 
-# %% ../nbs/98_cli.ipynb #0018
+# %% ../nbs/98_cli.ipynb #0019
 EXPECTED = (UnknownPart, StoreError, ArithmeticError, ValueError, OSError)  # KnobError, RecipeError and DataError are ValueErrors
 
 def main(argv: list[str] | None = None) -> int:
@@ -274,6 +287,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted at once; checkpoints committed before are whole", file=sys.stderr)
         return 130
 
-# %% ../nbs/98_cli.ipynb #0020
+# %% ../nbs/98_cli.ipynb #0021
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

@@ -39,7 +39,7 @@ class Plasticity(Knobs):
     floor: float = knob(0.0, "lowest gate: 0 lets a weight stand still", ge=0, le=1)
     slow: float = knob(0.0, "share of all steps that the slow weights average over; 0: none are kept", ge=0, le=1)
     anchor: float = knob(0.0, "how far each step draws the weights back to the slow ones", ge=0, le=1, span=(0, 0.05))
-    coincidence: float = knob(0.0, "strength with which directions used by earlier tasks are held; 0: not at all", ge=0, le=1e6, span=(0, 1000))
+    coincidence: float = knob(0.0, "strength with which directions used by earlier tasks are held; 0: not at all", ge=0, le=1e6, span=(0, 120))
     both: bool = knob(True, "hold directions more firmly where the gradient was large too; else by activation alone")
     keep: bool = knob(False, "the end of a task keeps each weight's eligibility")
     detect: bool = knob(False, "find the ends of tasks from the inputs; else consolidate() tells them")

@@ -71,6 +71,8 @@ def _begin_with(model, file: str) -> str:
         state = state["model"] if isinstance(state, dict) and isinstance(state.get("model"), dict) else state
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, and not tensors by name")
+        if bad := [n for n, t in state.items() if torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all()]:
+            raise ValueError(f"{bad[0]} holds numbers that are not finite")
         getattr(model, "restructure", model.load_state_dict)(state)
         return state_digest(state)
     except (StoreError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
@@ -81,7 +83,10 @@ def _composed(recipe: Recipe, model, needed: dict[str, dict]) -> torch.optim.Opt
     "The recipe's optimizer with its mechanisms around it, each given what it needs to know of the data."
     build = lambda group, *more: recipe.parts[group].build(recipe.knobs[group], model, *more, **needed[group])
     base = build("optimizer")
-    around = {name: build(name, base) for name in recipe.mechanisms}
+    try:
+        around = {name: build(name, base) for name in recipe.mechanisms}
+    except TypeError as e:  # a mechanism says so of a model that it cannot stand around
+        raise RecipeError(str(e)) from e
     return Composed(base, around) if around else base
 
 # %% ../nbs/16_run.ipynb #0013

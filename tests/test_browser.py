@@ -318,7 +318,10 @@ def test_a_picture_is_taken_away(project):
     "As SVG and as PNG, with the page's colours in it; what it is called is text."
     folder, address, page = project
     errors = bench_page(page, address)
-    python(page, "bench.panel.pause()\nfrom adaptive_lab.draw import picture\nbench.panel.loss.svg = picture('', 300, 100, '<img src=x onerror=window.__hurt=1>/../evil')")
+    press(page, "Pause")
+    wait_bench(page, "paused · step")
+    page.wait_for_timeout(1500)  # its last pictures
+    python(page, "from adaptive_lab.draw import picture\nbench.panel.loss.svg = picture('', 300, 100, '<img src=x onerror=window.__hurt=1>/../evil')")
     page.locator(".al-panel").get_by_text("Share", exact=True).first.click()
     menu = page.locator(".al-keep select").last
     menu.focus()

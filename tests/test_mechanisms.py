@@ -118,7 +118,7 @@ def test_what_is_measured_is_the_average():
 
 def test_what_makes_no_sense_says_why():
     for make, error, said in (
-        (lambda: recipe("adam", ["heads"]), TypeError, "needs an AdaptiveTransformer"),
+        (lambda: recipe("adam", ["heads"]), RecipeError, "needs an AdaptiveTransformer"),
         (lambda: recipe("vwpr", ["values"]), ValueError, "both bring a loss"),
         (lambda: text("adamw", ["values"], **{"values.granularity": "sample"}), RecipeError, "samples are numbered"),
     ):

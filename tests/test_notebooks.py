@@ -24,7 +24,7 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if p.name != "workbench.ipynb" and ".ipynb_checkpoints" not in p.parts]
 A_CELL = 300  # seconds
-HEAVY = """ipykernel.kernelapp ipykernel.debugger matplotlib.pyplot matplotlib_inline.backend_inline torch._dynamo torch.utils.data scipy.stats
+HEAVY = """ipykernel.kernelapp ipykernel.debugger matplotlib.figure matplotlib.axes torch._dynamo torch.utils.data scipy.stats
 scipy.optimize sklearn.datasets sklearn.linear_model sklearn.ensemble pandas pydantic accelerate joblib gymnasium tyro ipywidgets anywidget
 requests pooch filelock safetensors.torch blake3 tqdm.auto""".split()  # what notebooks import: CPU-seconds each time. Nothing of the project
 # Notebooks whose texts depend on no processor, no library's version and no file of the system: whole numbers, messages, short floats.

@@ -15,6 +15,7 @@ from adaptive_lab.presets import PRESETS, Saved, preset
 from adaptive_lab.run import Run, replay, weights_digest
 from adaptive_lab.store import Store
 from adaptive_lab.tape import Recipe, RecipeError
+from adaptive_lab.tensorfile import save_state
 
 KNOBS = {"run.steps": 120, "run.eval_every": 20, "run.threads": 1, "data.steps_per_task": 30, "optimizer.warmup_steps": 10}
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(1)</script>"
@@ -316,3 +317,65 @@ def test_between_transformers_is_a_straight_line_where_their_shapes_are_one(tmp_
     bench.map.panel.marked = {"A": a, "B": b}
     bench.map.panel.slide(0.5)
     assert "bits per byte" in bench.map.panel.samples.svg
+
+
+# --- what was found by those who tried ----------------------------------------------------------------
+
+
+def test_a_reset_begins_a_branch_of_its_own(bench):
+    bench.panel.run.advance(50)
+    bench.panel.controls["run.seed"].value = 7
+    bench.panel.reset()
+    assert list(bench.tree.parents) == ["split_digits", "split_digits-2"] and bench.tree.current == "split_digits-2" and bench.panel.run.recipe["run.seed"] == 7
+    bench.panel.run.advance(20)
+    bench._save()
+    assert bench.tree.steps("split_digits") == [0, 50] and bench.tree.steps("split_digits-2") == [0, 20]
+    assert bench.tree.session("split_digits").recipe["run.seed"] == 0 and bench.tree.session("split_digits-2").weights == bench.panel.run.session().weights
+
+
+def test_a_branch_that_cannot_be_saved_is_none(bench, monkeypatch):
+    bench.panel.run.advance(10)
+    before, panel = bench.tree.parents, bench.panel
+
+    def full(*args, **more):
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(Store, "save", full)
+    bench.compose.choose("labels")
+    bench.compose.build()
+    assert "the disk is full" in bench.compose.message.value and bench.tree.parents == before and bench.tree.current == "split_digits" and bench.panel is panel
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_built(bench, tmp_path):
+    state = {n: t.fill_(float("nan")) for n, t in Run(tasks()).model.state_dict().items()}
+    save_state(tmp_path / "nan.safetensors", state)
+    with pytest.raises(RecipeError, match="not finite"):
+        Run(tasks(**{"run.weights": str(tmp_path / "nan.safetensors")}))
+
+
+def test_the_end_of_a_run_is_no_place_to_leave_it(bench):
+    bench.panel.run.advance()
+    bench._save(), bench.travel.refresh()
+    bench.travel.step.value = 120
+    bench.travel.leave()
+    assert "is the end of this run" in bench.travel.message.value and len(bench.tree.parents) == 1
+
+
+def test_a_replay_goes_on_after_a_branch_that_cannot_be(bench, tmp_path, capsys):
+    bench.panel.run.advance(10)
+    bench.save_branches()
+    record = json.loads((bench.folder / "run.json").read_text())
+    lost = json.loads(json.dumps(record["branches"]["split_digits"]))
+    lost["session"]["recipe"]["knobs"]["run.weights"] = "gone.safetensors"
+    record["branches"] = {"lost": lost} | record["branches"]
+    (tmp_path / "both.json").write_text(json.dumps(record))
+    assert main(["replay", str(tmp_path / "both.json")]) == 2
+    said = capsys.readouterr()
+    assert "branch lost cannot be replayed" in said.err and "identical to the recorded weights" in said.out
+    (tmp_path / "none.json").write_text(json.dumps(record | {"branches": {}}))
+    assert main(["replay", str(tmp_path / "none.json")]) == 2
+
+
+def test_the_command_line_says_which_combination_makes_no_sense(capsys):
+    assert main(["train", "--data", "digits", "--optimizer", "adam", "--mechanisms", "heads", "--run.steps", "5"]) == 2
+    assert "needs an AdaptiveTransformer" in capsys.readouterr().err

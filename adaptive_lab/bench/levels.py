@@ -78,10 +78,10 @@ def random_config(rng: np.random.Generator) -> WuBuConfig:
 
 def dead_tensors(cases: int) -> tuple[int, int]:
     "Dead tensors, and how many there were, over so many configurations."
-    rng, dead, seen = np.random.default_rng(0), 0, 0
+    dice, dead, seen = np.random.default_rng(0), 0, 0
     for case in range(cases):
         with rng.seeded(case):
-            model, x = WuBuLevels(random_config(rng), 6, Flat if case % 4 == 0 else Hyperbolic), torch.randn(9, 6)
+            model, x = WuBuLevels(random_config(dice), 6, Flat if case % 4 == 0 else Hyperbolic), torch.randn(9, 6)
             out = model(x)
             (out * torch.randn_like(out)).sum().backward()
         for w in model.parameters():

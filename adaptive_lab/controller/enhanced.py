@@ -31,7 +31,7 @@ class Control(Worth, Timing):
     "How a controller is paid, when it is asked, and how it learns."
 
     algorithm: Literal["reinforce", "a2c", "ppo"] = knob("a2c", "policy gradient: with a running baseline, with a critic, or clipped with a critic", live=False)
-    learning_rate: float = knob(0.01, "of the policy", ge=0, le=1, log=True)
+    learning_rate: float = knob(0.01, "learning rate of the policy", ge=0, le=1, log=True)
     gamma: float = knob(0.99, "discount of later rewards, per decision", ge=0, le=1)
     candidates: int = knob(4, "changes that are tried at a decision", ge=1, le=64, span=(1, 16))
     rollout: int = knob(4, "decisions between two updates of the policy", ge=1, le=1024, span=(1, 32), live=False)

@@ -59,7 +59,7 @@ def train_on(self):
         recipe = Recipe(*recipe.names.values(), recipe.to_dict()["knobs"] | {"run.weights": path.as_posix()}, recipe.mechanisms)
         self._go(Run(recipe))
         self.status.value = f"{self.about}<br>a new branch goes on from it, with its {escape(', '.join(f'{k} {v:.3g}' for k, v in found.measured.items()))}"
-    except (StoreError, ValueError, OSError) as e:
+    except (StoreError, ValueError, OSError, LookupError, ArithmeticError) as e:
         self.status.value = f"{self.about}<br>{alert(str(e))}"
 
 BranchPanel.train_on = train_on

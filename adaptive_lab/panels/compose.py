@@ -82,7 +82,7 @@ def tell(self, text: str = ""):
 Compose._lay_out, Compose.show, Compose.tell = _lay_out, show, tell
 
 # %% ../../nbs/92_panels.compose.ipynb #0011
-EXPECTED = (ValueError, LookupError, TypeError, OSError, StoreError)  # KnobError and RecipeError are ValueErrors
+EXPECTED = (ValueError, LookupError, TypeError, ArithmeticError, OSError, StoreError)  # KnobError and RecipeError are ValueErrors
 
 @property
 def recipe(self) -> Recipe:

@@ -130,7 +130,7 @@ def _later(self, work):
     async def told():
         try:
             await work
-        except (StoreError, ValueError, LookupError, OSError) as e:
+        except (StoreError, ValueError, LookupError, ArithmeticError, OSError) as e:
             self.tell(str(e))
     try:
         self._task = asyncio.get_running_loop().create_task(told())
@@ -140,11 +140,17 @@ def _later(self, work):
 # %% ../../nbs/92_panels.travel.ipynb #0015
 def leave(self):
     "Leave the chosen branch at the chosen step."
+    if self._task is not None and not self._task.done():  # pressed twice
+        return
     self.tell()
+    if not self.which.value:
+        return self.tell("there is no branch to leave: nothing was saved yet, or the folder of the bench is gone")
     self._later(self._leave(self.which.value, self.step.value))
 
 async def _leave(self, name: str, step: int):
     run = await asyncio.get_running_loop().run_in_executor(None, lambda: self.tree.at(name, step))
+    if run.index == run.recipe["run.steps"]:
+        return self.tell(f"step {step} is the end of this run, and no step can follow it: choose an earlier one, or set run.steps under “At the next reset” and press Reset")
     self._go(run, (name, step))
 
 def compare(self):

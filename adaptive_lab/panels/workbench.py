@@ -46,7 +46,7 @@ class Workbench:
         pace: float | None = 200,  # at most so many steps a second at first
         start: bool = True,  # train at once
     ):
-        self.folder, self.pace, self.panel, self._mine = Path(folder), pace, None, set()
+        self.folder, self.pace, self.panel, self._mine, self._kept = Path(folder), pace, None, set(), None
         self.tree = Branches(Store(self.folder / "runs"))
         recipe = preset(begin) if isinstance(begin, str) else begin
         self.compose = Compose(recipe, lambda r: self.put(Run(r)), self.folder / "presets")
@@ -75,7 +75,8 @@ def put(self, run: Run, parent: tuple[str, int] | None = None, name: str | None 
         old.pause()
         self._save()
     self.tree.begin(run, name or run.recipe.names["data"], parent)
-    self.panel, self._tape = face(run, self.pace if old is None else old.live.pace, drive=self.tree.kept), len(run.tape)
+    self._kept = run
+    self.panel, self._tape = face(run, self.pace if old is None else old.live.pace, drive=self._drive), len(run.tape)
     self.panel.live.ghost = (old.run.losses, old.run.evaluations) if old is not None and old.run.index and old.run.recipe.names["data"] == run.recipe.names["data"] else None
     self.body.children = [self.panel.root]
     if old is not None:
@@ -97,6 +98,23 @@ def close_all(widget: w.Widget):
 Workbench.put = put
 
 # %% ../../nbs/93_panels.workbench.ipynb #0010
+def _drive(self, run: Run):
+    "The steps of a run, kept in its branch. One that a reset has built begins a branch of its own, and what was there before is saved."
+    if run is not self._kept:
+        try:
+            if self._kept.index:
+                self.tree.save(self._kept)
+        except (StoreError, ArithmeticError, OSError) as e:
+            self.tell(f"no checkpoint: {e}")
+        self.tree.begin(run, run.recipe.names["data"])
+        self._kept, self._tape = run, len(run.tape)
+        self.travel.refresh()
+        self.travel.which.value = self.tree.current
+    return self.tree.kept(run)
+
+Workbench._drive = _drive
+
+# %% ../../nbs/93_panels.workbench.ipynb #0011
 def _save(self):
     "A checkpoint of what runs, between two steps; what stops it is told."
     try:
@@ -105,7 +123,7 @@ def _save(self):
     except (StoreError, ArithmeticError, ValueError, OSError, TimeoutError) as e:
         self.tell(f"no checkpoint: {e}")
 
-# %% ../../nbs/93_panels.workbench.ipynb #0011
+# %% ../../nbs/93_panels.workbench.ipynb #0012
 def _record(self):
     "One frame of the film, labelled by what was turned since the last one."
     run = self.panel.run
@@ -130,6 +148,7 @@ async def _follow(self):
             self.tell(f"{type(e).__name__}: {e}")
         seen = (run, run.index, state)
 
+# %% ../../nbs/93_panels.workbench.ipynb #0013
 def tell(self, text: str = ""):
     "A message above the run."
     self.message.value = alert(text)
@@ -137,7 +156,7 @@ def tell(self, text: str = ""):
 for f in (_save, _record, _follow, tell):
     setattr(Workbench, f.__name__, f)
 
-# %% ../../nbs/93_panels.workbench.ipynb #0013
+# %% ../../nbs/93_panels.workbench.ipynb #0015
 def _make_share(self):
     "The controls of what leaves the page."
     self.title, self.file = (w.Text(v, description=d, style=dict(description_width="3em"), layout=dict(width="18em")) for v, d in (("a run", "title"), ("run.html", "file")))
@@ -148,11 +167,11 @@ def _make_share(self):
         buttons.append(button(text, tip, lambda act=act: self._guarded(act), icon))
     return w.VBox([w.Box([self.title, self.file, *buttons], layout=WRAP), self.shared, KeepPicture()])
 
-# %% ../../nbs/93_panels.workbench.ipynb #0014
+# %% ../../nbs/93_panels.workbench.ipynb #0016
 def _guarded(self, act):
     try:
         act()
-    except (StoreError, ValueError, OSError) as e:
+    except (StoreError, ValueError, OSError, LookupError, ArithmeticError, TypeError, RuntimeError) as e:
         self.shared.value = alert(str(e))
 
 def _write(self, name: str, suffix: str, text: str) -> Path:
@@ -165,7 +184,7 @@ def _write(self, name: str, suffix: str, text: str) -> Path:
 
 Workbench._make_share, Workbench._guarded, Workbench._write = _make_share, _guarded, _write
 
-# %% ../../nbs/93_panels.workbench.ipynb #0015
+# %% ../../nbs/93_panels.workbench.ipynb #0017
 def html(self) -> str:
     "The page of the chosen branch."
     name = self.travel.which.value or self.tree.current
@@ -189,7 +208,7 @@ def save_branches(self):
 
 Workbench.html, Workbench.save_page, Workbench.save_branches = html, save_page, save_branches
 
-# %% ../../nbs/93_panels.workbench.ipynb #0016
+# %% ../../nbs/93_panels.workbench.ipynb #0018
 def _ipython_display_(self):
     from IPython.display import display
 

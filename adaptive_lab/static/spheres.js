@@ -608,7 +608,8 @@ function render({ model, el }) {
 
   el.alName = () => scene?.title ?? "";
   el.alSVG = () => {   // what is shown, as a picture, for whoever saves it
-    const make = (tag, more, text = "") => { const e = document.createElementNS("http://www.w3.org/2000/svg", tag); for (const [k, v] of Object.entries(more)) e.setAttribute(k, v); e.textContent = text; return e; };
+    const { namespaceURI } = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg");   // no address stands in an exported page
+    const make = (tag, more, text = "") => { const e = document.createElementNS(namespaceURI, tag); for (const [k, v] of Object.entries(more)) e.setAttribute(k, v); e.textContent = text; return e; };
     const w = stage.clientWidth, h = stage.clientHeight, { wires, trails: ways, sprites, halos: balls, marks } = compose(), k = (LENS * zoom * Math.min(w, h)) / 2, circles = wire(6, 5, 40);
     const css = ([r, g, b]) => `rgb(${[r, g, b].map((v) => Math.round(255 * v))})`, fixed = (x) => x.toFixed(1), at = ([x, y, z]) => [w / 2 + (k * x) / (EYE - z), h / 2 - (k * y) / (EYE - z)].map(fixed).join(" ");
     const svg = make("svg", { viewBox: `0 0 ${w} ${h}`, "aria-label": scene.title, "font-family": "system-ui,sans-serif", "font-size": 11, style: "color:var(--jp-ui-font-color1,#222)", fill: "currentColor" });
