@@ -77,11 +77,11 @@ class SequenceAtlas(Atlas):
         (k, _), (l, _) = self.at(i), self.at(j)
         if t in (0, 1):
             return self.state((i, j)[int(t)]), (k, l)[int(t)]
+        if k != l:
+            raise ValueError("between these two is no straight line: they have other heads or sizes. Mark two of one structure")
         if (i, j) not in self._paths:
             self._paths = {(i, j): (self.state(i), self.state(j))}  # read once for all places of the way
         a, b = self._paths[i, j]
-        if k != l:
-            raise ValueError("between these two is no straight line: they have other heads or sizes. Mark two of one structure")
         return {n: torch.lerp(x, b[n], t) if x.is_floating_point() else x for n, x in a.items()}, k
 
 def branch_atlas(folder, recipe: Recipe, epochs: int = 300) -> Atlas:

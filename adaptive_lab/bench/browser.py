@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLOCK', 'FLAGS', 'READ', 'free_port', 'lab_server', 'browser_page', 'open_notebook', 'run_all', 'press', 'slider',
-           'python', 'latency', 'quantile', 'panel_notebook']
+           'python', 'latency', 'quantile', 'cell_notebook', 'panel_notebook']
 
 # %% ../../nbs/94_bench.browser.ipynb #0003
 import os
@@ -162,14 +162,18 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, -(-int(q * 1000) * len(ordered) // 1000) - 1))]
 
 # %% ../../nbs/94_bench.browser.ipynb #0018
-def panel_notebook(path: Path, knobs: dict, optimizer: str = "plasticity", data: str = "split_digits") -> Path:
-    "Write a notebook whose one cell shows a panel for this recipe."
+def cell_notebook(path: Path, source: str) -> Path:
+    "Write a notebook of one cell; its folder is made."
     import nbformat
 
-    source = ("from adaptive_lab.tape import Recipe\nfrom adaptive_lab.panels.training import TrainingPanel\n"
-              f"panel = TrainingPanel(Recipe({data!r}, 'mlp', {optimizer!r}, {knobs!r}))\npanel")
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)
     return path
+
+def panel_notebook(path: Path, knobs: dict, optimizer: str = "plasticity", data: str = "split_digits") -> Path:
+    "Write a notebook whose one cell shows a panel for this recipe."
+    source = ("from adaptive_lab.tape import Recipe\nfrom adaptive_lab.panels.training import TrainingPanel\n"
+              f"panel = TrainingPanel(Recipe({data!r}, 'mlp', {optimizer!r}, {knobs!r}))\npanel")
+    return cell_notebook(path, source)

@@ -12,10 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import nbformat
 import numpy as np
 
-from .browser import browser_page, lab_server, open_notebook, python, quantile, run_all
+from .browser import browser_page, cell_notebook, lab_server, open_notebook, python, quantile, run_all
 from .figures import Figure, Report
 from ..spheres import Level, Snapshot, page, scene_of
 
@@ -120,11 +119,7 @@ def search(page, texts: int) -> list[float]:
 def in_lab(presses: int, texts: int) -> dict:
     "What is measured of the panel in JupyterLab while a model trains. Raises `RuntimeError` when no browser is found."
     with tempfile.TemporaryDirectory() as place:
-        path = Path(place, "nbs", "spheres.ipynb")
-        path.parent.mkdir()
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
-        nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
-        nbformat.write(nb, path)
+        path = cell_notebook(Path(place, "nbs", "spheres.ipynb"), CELL)
         with lab_server(path) as address, browser_page() as tab:
             tab.add_init_script(WATCH)
             open_notebook(tab, address, "nbs/spheres.ipynb")

@@ -12,9 +12,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
-
-from .browser import browser_page, lab_server, latency, open_notebook, press, python, quantile, run_all
+from .browser import browser_page, cell_notebook, lab_server, latency, open_notebook, press, python, quantile, run_all
 from .figures import Figure, Report, in_turn
 
 # %% ../../nbs/95_bench.workbench.ipynb #0005
@@ -27,11 +25,7 @@ def bench_page(preset: str, knobs: dict | None = None):
     source = ("from adaptive_lab.panels.workbench import Workbench\nfrom adaptive_lab.presets import preset\nfrom adaptive_lab.tape import Recipe\n"
               f"r = preset({preset!r})\nbench = Workbench(Recipe(*r.names.values(), r.to_dict()['knobs'] | {knobs or {}!r}, r.mechanisms), pace=None)\nbench")
     with tempfile.TemporaryDirectory() as place:
-        path = Path(place, "nbs", "bench.ipynb")
-        path.parent.mkdir()
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-        nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
-        nbformat.write(nb, path)
+        path = cell_notebook(Path(place, "nbs", "bench.ipynb"), source)
         with lab_server(path) as address, browser_page() as page:
             open_notebook(page, address, "nbs/bench.ipynb")
             run_all(page, None)
@@ -84,7 +78,7 @@ def classifier_figures(presses: int, quick: bool) -> list[Figure]:
         open_all(page)
         out += told("film scrubbed, training", alone(page, ".al-film input[type=range]", ".al-film .pictures", presses, ("ArrowLeft", "ArrowLeft", "ArrowRight", "ArrowRight")), *bars[0])
         out += told("tree of branches pointed at, training", alone(page, ".al-panel .al-pointer", ".al-panel .al-pointer", presses), *bars[0])
-        python(page, "import asyncio; run = bench.tree.at(bench.tree.current, 25); bench.put(run, (bench.tree.current, 25)); bench.panel.start()")
+        python(page, "run = bench.tree.at(bench.tree.current, 25); bench.put(run, (bench.tree.current, 25)); bench.panel.start()")
         page.wait_for_function(RUNS, arg="running · step [1-9]", timeout=60_000)
         page.wait_for_timeout(1500)
         press(page, "Draw the map")
