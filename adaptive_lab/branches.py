@@ -12,9 +12,13 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
-from .durable import StoreError, write_durably
+from filelock import FileLock, Timeout
+
+from .durable import StoreError, make_folder, told, write_durably
 from .run import Run
 from .store import Store
 from .tape import FORMAT, RecipeError, Session, Tape, check_format
@@ -27,9 +31,11 @@ class Branches:
 
     def __init__(self, store: Store):
         self.store, self.current, self._cost, self._saved = store, None, 0.0, -float("inf")
+        self.trouble = ""  # why the last checkpoint beside a run could not be written
         self._pool = ThreadPoolExecutor(1)
         self._writing: Future | None = None  # what is being written, or was and has not been asked after
         self.path = store.folder / "branches.json"
+        self._lock = FileLock(store.folder / "branches.lock", timeout=10)  # two processes may add to one file
 
     @property
     def parents(self) -> dict[str, tuple[str, int] | None]:
@@ -45,53 +51,90 @@ class Branches:
         return sorted(c.step for c in self.store.checkpoints(name))
 
 # %% ../nbs/19_branches.ipynb #0007
-def begin(self, run: Run, name: str = "main", parent: tuple[str, int] | None = None) -> str:
-    "A new branch with the present state of `run` as its first checkpoint; it is the current one. Returns its name: that of its parent if it has one, with a number behind it where it was taken."
-    name = re.sub(r"-\d+$", "", parent[0]) if parent else name
+def _free(self, name: str) -> str:
+    "The name, with a number behind it where it was taken."
     known, number, own = self.parents, 1, name
     taken = {n.lower() for n in (*known, *(c.run for c in self.store.checkpoints()))}
     while own.lower() in taken:
         number += 1
         own = f"{name}-{number}"
-    write_durably(self.path, [json.dumps(known | {own: parent}, indent=1).encode()])
+    return own
+
+@contextmanager
+def _noted(self):
+    "The entries of all branches, to be changed while no other process does. Raises `StoreError`."
+    make_folder(self.path.parent)
+    try:
+        with told(Path(self._lock.lock_file)), self._lock:
+            yield (known := self.parents)
+            write_durably(self.path, [json.dumps(known, indent=1).encode()])
+    except Timeout:
+        raise StoreError(f"{self.path} is held by another process for more than 10 seconds: try again") from None
+
+# %% ../nbs/19_branches.ipynb #0008
+def begin(self, run: Run, name: str = "main", parent: tuple[str, int] | None = None) -> str:
+    "A new branch with the present state of `run` as its first checkpoint; it is the current one. Returns its name: that of its parent if it has one, with a number behind it where it was taken."
+    with self._noted() as known:
+        own = self._free(re.sub(r"-\d+$", "", parent[0]) if parent else name)
+        known[own] = parent
     before, self.current = self.current, own
     try:
         self.save(run)
     except BaseException:  # a branch without its first checkpoint is none
         self.current = before
-        write_durably(self.path, [json.dumps(known, indent=1).encode()])
+        with self._noted() as known:
+            known.pop(own, None)
         raise
     return own
 
+Branches._free, Branches._noted, Branches.begin = _free, _noted, begin
+
+# %% ../nbs/19_branches.ipynb #0009
 def save(self, run: Run):
-    "A checkpoint of the current branch, if there is none of this step."
+    "A checkpoint of the current branch, if there is none of this step. Raises `StoreError`, also where the branch is gone."
     self.written()
+    self._there(self.current)
     if run.index not in self.steps(self.current):
         run.save(self.store, self.current)
     self._saved = time.perf_counter()
 
-# %% ../nbs/19_branches.ipynb #0008
 def save_beside(self, run: Run):
-    "The same, written by a thread while the run goes on: a disk may take its time. `written` waits for it, and raises what went wrong."
+    "The same, written by a thread while the run goes on: a disk may take its time, or refuse, which `trouble` tells. `written` waits for it."
     if self._writing is not None and not self._writing.done():
         return
-    self.written()
     begun, name, found = time.perf_counter(), self.current, deepcopy(run.snapshot())
     def write():
-        self.store.save(name, **found)
+        with self._told():
+            self._there(name)
+            self.store.save(name, **found)
         self._saved = time.perf_counter()
         self._cost = self._saved - begun
     self._writing = self._pool.submit(write)
 
-def written(self):
-    "Wait for what is being written. Raises the store's errors."
-    writing, self._writing = self._writing, None
-    if writing is not None:
-        writing.result()
-
-Branches.begin, Branches.save, Branches.save_beside, Branches.written = begin, save, save_beside, written
-
 # %% ../nbs/19_branches.ipynb #0010
+def written(self):
+    "Wait for what is being written."
+    if self._writing is not None:
+        self._writing.result()
+
+@contextmanager
+def _told(self):
+    "What the disk refuses is told by `trouble`, until it does not any more."
+    try:
+        yield
+        self.trouble = ""
+    except StoreError as e:
+        self.trouble = str(e)
+
+def _there(self, name: str):
+    "Raise `StoreError` if that branch is gone."
+    if name not in self.parents:
+        raise StoreError(f"branch {name!r} is gone: somebody moved or deleted {self.path}. A reset or a new run begins another")
+
+for f in (save, save_beside, written, _told, _there):
+    setattr(Branches, f.__name__, f)
+
+# %% ../nbs/19_branches.ipynb #0012
 SHARE = 0.02  # of the time may go into checkpoints
 
 def kept(self, run: Run, every: int = 25) -> Iterator[Step]:
@@ -100,7 +143,8 @@ def kept(self, run: Run, every: int = 25) -> Iterator[Step]:
     for step in run.steps():
         waited = time.perf_counter() - self._saved >= self._cost / SHARE
         if run.index == run.recipe["run.steps"]:
-            self.save(run)
+            with self._told():
+                self.save(run)
         elif run.index - last >= every and waited:
             self.save_beside(run)
             last = run.index
@@ -108,7 +152,7 @@ def kept(self, run: Run, every: int = 25) -> Iterator[Step]:
 
 Branches.kept = kept
 
-# %% ../nbs/19_branches.ipynb #0012
+# %% ../nbs/19_branches.ipynb #0014
 def tape(self, name: str) -> Tape:
     "The whole tape of a branch."
     found = max(self.store.checkpoints(name), key=lambda c: c.step, default=None)
@@ -138,7 +182,7 @@ def branch(self, name: str, step: int) -> Run:
 
 Branches.tape, Branches.at, Branches.branch = tape, at, branch
 
-# %% ../nbs/19_branches.ipynb #0014
+# %% ../nbs/19_branches.ipynb #0016
 def session(self, name: str) -> Session:
     "A branch as far as it is saved."
     steps = self.steps(name)
@@ -155,7 +199,7 @@ def seen(self, name: str) -> dict:
 
 Branches.session, Branches.sessions, Branches.seen = session, sessions, seen
 
-# %% ../nbs/19_branches.ipynb #0016
+# %% ../nbs/19_branches.ipynb #0018
 def to_dict(self) -> dict:
     "Every branch: where it left another, and its session. Plain JSON data."
     parents = self.parents
@@ -166,6 +210,12 @@ def sessions_from_dict(d: dict) -> dict[str, Session]:
     check_format(d, "file of branches")
     if not isinstance(d.get("branches"), dict) or not all(isinstance(b, dict) and "session" in b for b in d["branches"].values()):
         raise RecipeError("this file of branches is damaged: branches must be an object of objects that have a session")
-    return {name: Session.from_dict(b["session"]) for name, b in d["branches"].items()}
+    found = {}
+    for name, b in d["branches"].items():
+        try:
+            found[name] = Session.from_dict(b["session"])
+        except (ValueError, LookupError) as e:
+            raise RecipeError(f"branch {name!r}: {e}") from None
+    return found
 
 Branches.to_dict = to_dict

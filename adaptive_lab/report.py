@@ -62,19 +62,23 @@ def report(
 # %% ../nbs/97_report.ipynb #0010
 def flags() -> argparse.ArgumentParser:
     "What the command takes besides the flags of `train`."
-    p = argparse.ArgumentParser(prog="adaptive-lab report", add_help=False, allow_abbrev=False)
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     p.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)")
     p.add_argument("--title", default="a run", help="its title")
     p.add_argument("--frames", type=int, default=40, help="pictures in the film (default: 40)")
     p.add_argument("--helps", type=int, default=0, metavar="SEEDS", help="also compare it with itself without each mechanism, over so many seeds")
+    p.add_argument("--overwrite", action="store_true", help="replace a page that is there")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
     return p
 
 def make_report(recipe: Recipe, o: argparse.Namespace) -> int:
     "Run, and write the page. Raises `ValueError` for a file that cannot be one, before anything is run."
     if o.out.suffix != ".html" or not o.out.absolute().parent.is_dir():
         raise ValueError(f"out={str(o.out)!r} is not allowed: a file that ends in .html, in a folder that exists")
+    if o.out.exists() and not o.overwrite:
+        raise ValueError(f"out={str(o.out)!r} is there already: give --overwrite, or another name")
     if not 2 <= o.frames <= 1000 or o.helps and not 2 <= o.helps <= 1000:
         raise ValueError(f"frames={o.frames} and helps={o.helps} are not allowed: 2 to 1000 frames, and 0 or 2 to 1000 seeds")
-    write_durably(o.out, [report(recipe, o.title, o.frames, o.helps).encode()])
+    write_durably(o.out, [report(recipe, o.title, o.frames, o.helps, not o.quiet).encode()])
     print(f"{o.out}: {o.out.stat().st_size / 1000:.0f} kB")
     return 0

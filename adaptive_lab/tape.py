@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'RunKnobs', 'RecipeError', 'Recipe', 'split_address', 'recipe_from_dict', 'check_format', 'but', 'Change',
-           'Tape', 'Session', 'check_change', 'checked_tape', 'save_session', 'load_session', 'session_code']
+           'Tape', 'Session', 'check_change', 'checked_tape', 'save_session', 'load_session', 'session_code', 'turned',
+           'recipe_code', 'recipe_command']
 
 # %% ../nbs/15_tape.ipynb #0003
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -244,3 +246,24 @@ def session_code(session: Session) -> str:
     lines += [f"}}, {list(recipe.mechanisms)!r})" if recipe.mechanisms else "})", "tape = Tape(["]
     lines += [f"    ({c.step}, {c.knob!r}, {c.value!r})," for c in session.tape]
     return "\n".join(lines + ["])", f"run = replay(recipe, tape, until={session.until})", ""])
+
+# %% ../nbs/15_tape.ipynb #0029
+def turned(recipe: Recipe) -> dict:
+    "The knobs that are not as their parts declare them: address -> value."
+    plain = Recipe(*recipe.names.values(), mechanisms=recipe.mechanisms).to_dict()["knobs"]
+    return {a: v for a, v in recipe.to_dict()["knobs"].items() if v != plain[a]}
+
+def recipe_code(recipe: Recipe) -> str:
+    "Three lines of Python that train it to its end."
+    given = ", ".join(map(repr, (*recipe.names.values(), turned(recipe), *([list(recipe.mechanisms)] if recipe.mechanisms else []))))
+    return f"from adaptive_lab.run import Run\nfrom adaptive_lab.tape import Recipe\nrun = Run(Recipe({given})).advance()\n"
+
+def recipe_command(recipe: Recipe) -> str:
+    "The same as a command for a shell."
+    found = ["adaptive-lab", "train", *(word for kind, name in recipe.names.items() for word in (f"--{kind}", name))]
+    found += ["--mechanisms", ",".join(recipe.mechanisms)] if recipe.mechanisms else []
+    for address, value in turned(recipe).items():
+        group, name = address.replace("_", "-").split(".")
+        found += [f"--{group}.{name}" if value is not False else f"--{group}.no-{name}"]
+        found += [] if isinstance(value, bool) else [str(v) for v in (value if isinstance(value, list) else [value])]
+    return shlex.join(found)

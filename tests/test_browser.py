@@ -105,6 +105,7 @@ def test_the_workbench_runs_travels_and_refuses(project):
 
     # all of it replays, in another process
     python(page, "bench.save_branches()")
+    wait_bench(page, "replay it")
     assert main(["replay", str(folder / "nbs/workbench/run.json")]) == 0
 
 

@@ -1,11 +1,14 @@
 "Branches, presets, the film, the bench and the report, without a browser."
 import json
+import shlex
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from adaptive_lab.branches import Branches, sessions_from_dict
-from adaptive_lab.cli import main
+from adaptive_lab.cli import main, recipe_from_flags
 from adaptive_lab.durable import StoreError
 from adaptive_lab.film import Frame, added, page
 from adaptive_lab.panels.controller import ControllerPanel
@@ -14,7 +17,7 @@ from adaptive_lab.panels.workbench import Workbench
 from adaptive_lab.presets import PRESETS, Saved, preset
 from adaptive_lab.run import Run, replay, weights_digest
 from adaptive_lab.store import Store
-from adaptive_lab.tape import Recipe, RecipeError
+from adaptive_lab.tape import Recipe, RecipeError, recipe_code, recipe_command
 from adaptive_lab.tensorfile import save_state
 
 KNOBS = {"run.steps": 120, "run.eval_every": 20, "run.threads": 1, "data.steps_per_task": 30, "optimizer.warmup_steps": 10}
@@ -102,7 +105,50 @@ def test_a_file_of_branches_replays_by_the_command_and_damage_is_named(tmp_path,
         assert main(["replay", str(tmp_path / "b.json")]) == 2 and "b.json" in capsys.readouterr().err
 
 
+def test_a_damaged_branch_is_named(tmp_path):
+    tree = Branches(Store(tmp_path))
+    tree.begin(Run(tasks()))
+    record = tree.to_dict()
+    record["branches"]["main"]["session"]["recipe"]["knobs"]["run.steps"] = -1
+    with pytest.raises(RecipeError, match="branch 'main': steps=-1"):
+        sessions_from_dict(record)
+
+
+def test_two_processes_do_not_lose_each_others_branches(tmp_path):
+    trees = [Branches(Store(tmp_path)) for _ in range(4)]
+    run = Run(tasks())
+    with ThreadPoolExecutor(4) as pool:
+        names = list(pool.map(lambda tree: [tree.begin(run) for _ in range(5)], trees))
+    assert set(sum(names, [])) == set(trees[0].parents) and len(trees[0].parents) == 20
+
+
+def test_a_run_whose_folder_is_deleted_goes_on_and_says_so(tmp_path):
+    tree = Branches(Store(tmp_path / "runs"))
+    run = Run(tasks())
+    tree.begin(run)
+    shutil.rmtree(tmp_path / "runs")
+    for _ in tree.kept(run, every=10):
+        pass
+    assert run.index == 120 and "branch 'main' is gone" in tree.trouble and not (tmp_path / "runs").exists()
+    with pytest.raises(StoreError, match="is gone"):
+        tree.save(run)
+    assert tree.begin(run) == "main" and tree.steps("main") == [120]
+    tree.save_beside(run)
+    tree.written()
+    assert tree.trouble == ""
+
+
 # --- presets -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_composition_is_three_lines_and_a_command(name):
+    recipe = preset(name)
+    assert recipe_from_flags(shlex.split(recipe_command(recipe))[2:])[1] == recipe
+    assert recipe_from_flags(["--preset", name])[1] == recipe
+    found = {}
+    exec(recipe_code(recipe).replace(".advance()", ""), found)
+    assert found["run"].recipe == recipe
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -183,26 +229,26 @@ def test_a_composition_that_cannot_run_leaves_what_runs(bench):
     assert isinstance(bench.panel, ControllerPanel) and bench.compose.message.value == "" and bench.panel.run.recipe == preset("heads")
 
 
-def test_knobs_turn_back_and_again_and_home(bench):
+def test_knobs_undo_redo_and_go_home(bench):
     panel = bench.panel
     panel.run.advance(3)
     k, lr = panel.controls["optimizer.plasticity_k"], panel.controls["optimizer.lr"]
     k.value, k.value = 6.0, 7.0  # one turn: the hand went on
     lr.value = -2.0
-    panel.turn_back()
+    panel.undo()
     assert panel.live.settings()["optimizer.lr"] == pytest.approx(0.001) and k.value == 7.0
-    panel.turn_back()
+    panel.undo()
     assert k.value == 5.0
-    panel.turn_back()
-    assert "no knob was turned" in panel.status.value
-    panel.turn_again()
+    panel.undo()
+    assert "left to undo" in panel.status.value
+    panel.redo()
     assert k.value == 7.0
-    panel.turn_again()
+    panel.redo()
     panel.run.advance(5)
     panel.defaults()
     panel.run.advance(6)
     assert all(panel.live.settings()[a] == panel.run.recipe[a] for a, d in panel.declared.items() if d.live)
-    panel.turn_back()
+    panel.undo()
     assert panel.live.settings() != {a: panel.run.recipe[a] for a in panel.live.settings()}
     assert replay(panel.run.recipe, panel.run.tape, panel.run.index).session().weights == panel.run.session().weights
 
@@ -244,10 +290,11 @@ def test_a_checkpoint_that_cannot_be_written_is_told(bench, monkeypatch):
 
 def test_the_report_is_a_page_and_its_flags_are_checked_before_anything_runs(tmp_path, capsys):
     flags = ["report", "--data", "noisy_digits", "--model", "mlp", "--optimizer", "adam", "--mechanisms", "values", "--run.steps", "40", "--title", EVIL]
-    assert main([*flags, "--out", str(tmp_path / "r.html"), "--frames", "3"]) == 0
+    assert main([*flags, "--out", str(tmp_path / "r.html"), "--frames", "3", "--quiet"]) == 0 and not capsys.readouterr().err
     html = (tmp_path / "r.html").read_text()
     assert html.count("<script") == 2 and "replay(recipe" in html and len(html) < 300_000
-    for wrong, said in ((["--out", str(tmp_path / "no/r.html")], "in a folder that exists"), (["--out", str(tmp_path / "r.html"), "--frames", "1"], "2 to 1000 frames")):
+    for wrong, said in ((["--out", str(tmp_path / "no/r.html")], "in a folder that exists"), (["--out", str(tmp_path / "s.html"), "--frames", "1"], "2 to 1000 frames"),
+                        (["--out", str(tmp_path / "r.html")], "--overwrite")):
         assert main([*flags, *wrong]) == 2 and said in capsys.readouterr().err
 
 

@@ -100,7 +100,7 @@ def _lay_out(self, live, fixed):
     right = w.VBox([meaning(), self._edit_field(), *shown, at_reset, self._make_export()], layout=dict(flex="1 1 320px", max_width="430px"))
     first = w.Box([w.VBox([self._heading("gates"), self.grid, self._make_gate_buttons()]), self.loss], layout=WRAP)
     left = w.VBox([first, self.facts, w.Box([self.timeline, self.front], layout=WRAP), self._make_text(), w.Box([p for p, _ in self.extra], layout=WRAP)], layout=dict(flex="3 1 740px"))
-    top = w.Box([*(self.buttons[t] for t in ("Start", "Pause", "Step", "Step n")), self.n, *(self.buttons[t] for t in ("Reset", "Stop", "Back", "Again", "Defaults")), self.pace], layout=WRAP)
+    top = w.Box([*(self.buttons[t] for t in ("Start", "Pause", "Step", "Step n")), self.n, *(self.buttons[t] for t in ("Reset", "Stop", "Undo", "Redo", "Defaults")), self.pace], layout=WRAP)
     self.root = w.VBox([top, self.status, w.Box([left, right], layout=WRAP)])
     self.root.add_class("al-panel")
 

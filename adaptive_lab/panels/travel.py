@@ -13,10 +13,9 @@ import ipywidgets as w
 
 from ..branches import Branches
 from ..branchpictures import difference_html, frame_of, lanes_of, side_by_side, tree_picture
-from ..durable import StoreError
 from ..film import Frame, added
 from ..live import Moment
-from .controls import alert, button
+from .controls import alert, button, later
 from .film import FilmView
 from .picture import Picture
 from .pointer import PointerPicture
@@ -126,16 +125,8 @@ for f in (record, _show_film, _develop):
 
 # %% ../../nbs/92_panels.travel.ipynb #0014
 def _later(self, work):
-    "See to work on the event loop; at once where there is none. What goes wrong is told."
-    async def told():
-        try:
-            await work
-        except (StoreError, ValueError, LookupError, ArithmeticError, OSError) as e:
-            self.tell(str(e))
-    try:
-        self._task = asyncio.get_running_loop().create_task(told())
-    except RuntimeError:
-        asyncio.run(told())
+    "See to work on the event loop. What goes wrong is told."
+    self._task = later(work, self.tell)
 
 # %% ../../nbs/92_panels.travel.ipynb #0015
 def leave(self):

@@ -8,6 +8,7 @@ __all__ = ['FACES', 'LOOK', 'Workbench', 'put', 'close_all', 'tell', 'html', 'sa
 # %% ../../nbs/93_panels.workbench.ipynb #0003
 import asyncio
 import json
+import shlex
 from html import escape
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ..film import code_html, page
 from .branchmap import BranchMap
 from .compose import Compose
 from .controller import ControllerPanel
-from .controls import alert, button, own_file
+from .controls import EXPECTED, alert, button, later, own_file
 from .helps import Helps
 from .keep import KeepPicture
 from .spheres import SpheresPanel
@@ -133,7 +134,7 @@ def _record(self):
 
 async def _follow(self):
     "Record and save while it runs, and refresh the tree."
-    seen = None
+    seen, trouble = None, ""
     while True:
         await asyncio.sleep(LOOK)
         run, state = self.panel.run, self.panel.live.state
@@ -144,6 +145,9 @@ async def _follow(self):
                 self._save()
             self._record()
             self.travel.refresh()
+            if self.tree.trouble != trouble:
+                trouble = self.tree.trouble
+                self.tell(f"no checkpoint: {trouble}" if trouble else "")
         except Exception as e:  # the page must go on
             self.tell(f"{type(e).__name__}: {e}")
         seen = (run, run.index, state)
@@ -165,13 +169,14 @@ def _make_share(self):
     for text, tip, act, icon in (("Save page", "the film as one HTML file that works without a network", self.save_page, "file"),
                                  ("Save branches", "every branch as recipe and tape, to be replayed: adaptive-lab replay FILE", self.save_branches, "save")):
         buttons.append(button(text, tip, lambda act=act: self._guarded(act), icon))
+    self._task = None
     return w.VBox([w.Box([self.title, self.file, *buttons], layout=WRAP), self.shared, KeepPicture()])
 
 # %% ../../nbs/93_panels.workbench.ipynb #0016
 def _guarded(self, act):
     try:
         act()
-    except (StoreError, ValueError, OSError, LookupError, ArithmeticError, TypeError, RuntimeError) as e:
+    except EXPECTED as e:
         self.shared.value = alert(str(e))
 
 def _write(self, name: str, suffix: str, text: str) -> Path:
@@ -201,12 +206,18 @@ def save_page(self):
     self.shared.value = f"saved <code>{escape(str(path.resolve()))}</code>, {path.stat().st_size / 1000:.0f} kB"
 
 def save_branches(self):
-    "Write all branches as recipes and tapes."
+    "Write all branches as recipes and tapes: each is built once more for the digest of its weights, beside what runs."
     self._save()
-    path = self._write(str(Path(self.file.value.strip()).with_suffix(".json")), ".json", json.dumps(self.tree.to_dict(), indent=1) + "\n")
-    self.shared.value = f"saved <code>{escape(str(path.resolve()))}</code>; replay it: <code>adaptive-lab replay {escape(str(path))}</code>"
+    self.shared.value = "reading the branches …"
+    self._task = later(self._save_branches(), lambda text: setattr(self.shared, "value", alert(text)))
 
-Workbench.html, Workbench.save_page, Workbench.save_branches = html, save_page, save_branches
+async def _save_branches(self):
+    record = await asyncio.get_running_loop().run_in_executor(None, self.tree.to_dict)
+    path = self._write(str(Path(self.file.value.strip()).with_suffix(".json")), ".json", json.dumps(record, indent=1) + "\n")
+    self.shared.value = f"saved <code>{escape(str(path.resolve()))}</code>; replay it: <code>adaptive-lab replay {escape(shlex.quote(str(path.resolve())))}</code>"
+
+for f in (html, save_page, save_branches, _save_branches):
+    setattr(Workbench, f.__name__, f)
 
 # %% ../../nbs/93_panels.workbench.ipynb #0018
 def _ipython_display_(self):

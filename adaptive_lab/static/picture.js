@@ -18,6 +18,17 @@ function told(e) {
   return tip && name ? `${name}: ${tip}` : "";
 }
 
+// A column of controls may be longer than the page: the line comes along to the upper edge of what is seen, or below the control that it would hide.
+function follow(line, control) {
+  const seen = line.closest(".jp-WindowedPanel-outer")?.getBoundingClientRect().top ?? 0;
+  line.style.transform = "";
+  const home = line.getBoundingClientRect(), at = control.getBoundingClientRect();
+  line.style.background = "var(--jp-layout-color0)";
+  line.style.zIndex = 2;
+  if (home.top >= seen || !line.parentElement.contains(control)) return;
+  line.style.transform = `translateY(${(at.top < seen + home.height ? at.bottom : seen) - home.top}px)`;
+}
+
 // A reload finds the panel again, live, if the notebook's file has it: JupyterLab would save it within two minutes.
 function keep(root) {
   const app = window.jupyterapp, notebook = app?.shell.currentWidget;
@@ -35,7 +46,9 @@ function guard(root) {
   setTimeout(() => keep(root), 1500);
   for (const what of ["focusin", "pointerover"]) root.addEventListener(what, (event) => {
     const line = root.querySelector(".al-meaning .widget-html-content"), text = told(event.target);
-    if (line && text && line.textContent !== text) line.textContent = text;
+    if (!line || !text) return;
+    if (line.textContent !== text) line.textContent = text;
+    follow(line.closest(".al-meaning"), event.target.closest(".widget-inline-hbox"));
   });
   new MutationObserver(mark).observe(root, { subtree: true, childList: true, attributes: true, attributeFilter: ["tabindex", "contenteditable"] });
 }
