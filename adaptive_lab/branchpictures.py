@@ -11,7 +11,7 @@ from html import escape
 from typing import NamedTuple
 
 from .branches import Branches
-from .draw import COLORS, SVG, curves, picture, thin, ticks
+from .draw import COLORS, SVG, curves, picture, table_html, thin, ticks
 from .maps import Frame
 
 # %% ../nbs/83_branchpictures.ipynb #0004
@@ -92,7 +92,4 @@ def difference_html(a, b, names: tuple[str, str]) -> str:
     rows = tape_difference(a, b)
     if not rows:
         return "<p>No knob was turned in one and not in the other.</p>"
-    told = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
-    line = lambda cells, tag: "<tr>" + "".join(f'<{tag} style="text-align:left;padding:0 8px">{escape(told(c))}</{tag}>' for c in cells) + "</tr>"
-    head, body = line(("step", "knob", *names), "th"), "".join(line(row, "td") for row in rows)
-    return f'<table style="border-collapse:collapse">{head}{body}</table>'
+    return table_html(rows, ("step", "knob", *names))

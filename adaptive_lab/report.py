@@ -7,12 +7,12 @@ __all__ = ['filmed', 'report', 'flags', 'make_report']
 
 # %% ../nbs/97_report.ipynb #0003
 import argparse
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from .ablation import does_it_help
+from .draw import table_html
 from .durable import write_durably
 from .film import Frame, code_html, page
 from .live import Moment
@@ -52,8 +52,7 @@ def report(
     with tqdm(total=recipe["run.steps"], unit="step", disable=not progress) as bar:
         film = filmed(run, frames, bar.update)
     last = run.evaluations[-1] if run.evaluations else {}
-    rows = "".join(f"<tr><td>{escape(k)}</td><td>{v:.4g}</td></tr>" for k, v in last.items())
-    sections = [("measured last", f"<table>{rows}</table>"), ("how to make it again", code_html(session_code(run.session())))]
+    sections = [("measured last", table_html(last.items())), ("how to make it again", code_html(session_code(run.session())))]
     if seeds:
         sections.insert(1, ("does it help?", comparison_html(does_it_help(recipe, range(seeds), progress=progress))))
     about = f"{' × '.join((*recipe.names.values(), *recipe.mechanisms))}, {run.index} of {recipe['run.steps']} steps"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cells import one_thread
-from ..draw import curves
+from ..draw import curves, table_html
 from ..durable import write_durably
 from .atlas import Atlas, Charting, chart, direction_of
 from .gate import Verified
@@ -84,9 +84,7 @@ def rows_as_html(rows: list[dict]) -> str:
     "Dicts of equal keys as an HTML table."
     if not rows:
         return "<p>None.</p>"
-    cell = lambda v: escape(f"{v:.4g}" if isinstance(v, float) else str(v))
-    line = lambda tag, values: "<tr>" + "".join(f"<{tag}>{cell(v)}</{tag}>" for v in values) + "</tr>"
-    return "<table>" + line("th", rows[0]) + "".join(line("td", r.values()) for r in rows) + "</table>"
+    return table_html([r.values() for r in rows], rows[0])
 
 # %% ../../nbs/83_epsilon_vae.report.ipynb #0012
 def on_the_map(report: Report, objectives: dict[str, str]):

@@ -56,7 +56,8 @@ def _build(self):
     self.azimuth = w.IntSlider(30, min=-180, max=180, step=5, description="turn", style=wide, layout=dict(width="98%"))
     self.elevation = w.IntSlider(20, min=-90, max=90, step=5, description="tilt", style=wide, layout=dict(width="98%"))
     self.t.add_class("al-way")
-    self.status.add_class("al-about")
+    self.azimuth.add_class("al-turn")
+    self.space.add_class("al-space")
     marks = [self.button(f"Mark {k}", f"mark the nearest checkpoint as {k}", lambda k=k: self.mark(k)) for k in "AB"]
     self.map.observe(lambda c: self._pointed(c["new"]), "point")
     self.t.observe(lambda c: self.slide(c["new"]), "value")

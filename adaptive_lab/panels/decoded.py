@@ -76,7 +76,8 @@ class DecodedPanel:
         self._still, self._waiting = Still(), None
         wide = dict(description_width="6em")
         self.status, self.numbers, self.samples = w.HTML(), w.HTML(), Picture()
-        self.run, self.keep = w.Text("mine", description="as run", style=wide, layout=dict(width="14em")), self.button("Save", "keep the measured network as a checkpoint", self.save)
+        self.status.add_class("al-about")
+        self.run, self.keep = w.Text("mine", description="as run", style=wide, layout=dict(width="14em")), self.button("Save network", "keep the measured network as a checkpoint", self.save)
         self.decoded = [self.status, self.numbers, self.samples, w.Box([self.run, self.keep], layout=dict(flex_flow="row wrap", width="100%")), KeepPicture()]
 
     def button(self, text: str, tip: str, act) -> w.Button:

@@ -33,7 +33,7 @@ class Helps:
         self._recipe, self._how, self.found, self._stop, self._task = recipe, how, None, False, None
         self.seeds = w.BoundedIntText(5, min=2, max=100, description="seeds", style=dict(description_width="4em"), layout=dict(width="9em"))
         self.ask = w.Button(description="Does it help?", tooltip="run this composition, and the same without each mechanism, with every seed", icon="balance-scale", layout=dict(width="auto"))
-        self.end = w.Button(description="Stop", tooltip="stop asking; what is finished is kept", icon="stop", disabled=True, layout=dict(width="auto"))
+        self.end = w.Button(description="Stop asking", tooltip="stop asking; what is finished is kept", icon="stop", disabled=True, layout=dict(width="auto"))
         self.bar, self.left, self.table = w.IntProgress(0, min=0, max=1, layout=dict(width="14em")), w.HTML(), w.HTML()
         self.root = w.VBox([w.Box([self.seeds, self.ask, self.end, self.bar, self.left], layout=dict(WRAP, align_items="center")), self.table])
         self.ask.on_click(lambda _: self.start())

@@ -142,7 +142,7 @@ def _make_export(self):
     self.code = w.Textarea(layout=dict(width="98%", height="12em"), disabled=False)
     self.file = w.Text("session.json", description="file", style=dict(description_width="3em"), layout=dict(width="15em"))
     self.saved = w.HTML()
-    row = w.Box([self.file, self._button("Save", "write recipe and tape as JSON", self.save), self._button("Show Python", "recipe and tape as code", self.show_code)], layout=WRAP)
+    row = w.Box([self.file, self._button("Save session", "write recipe and tape of this run as JSON", self.save), self._button("Show Python", "recipe and tape as code", self.show_code)], layout=WRAP)
     return w.Accordion([w.VBox([row, self.saved, self.code, KeepPicture()])], titles=("Export",))
 
 # %% ../../nbs/90_panels.training.ipynb #0016

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from ..draw import bars, curves, histogram, picture
+from ..draw import bars, curves, histogram, picture, table_html
 from ..heat import blocks, heatmaps, overlay, png
 from ..live import Live
 from ..plasticity import gates_from_sample
@@ -337,11 +337,10 @@ def pictures_of(live) -> list:
 # %% ../../nbs/89_panels.views.ipynb #0048
 def comparison_html(found) -> str:
     "A comparison as a table of those metrics that are judged; all text escaped."
-    cells = [("metric", "arm", "seeds", "mean", "difference from " + found.rows()[0].against, "95% interval", "verdict")]
+    head, cells = ("metric", "arm", "seeds", "mean", "difference from " + found.rows()[0].against, "95% interval", "verdict"), []
     for r in (r for r in found.rows() if found.better(r.metric) is not None):
         d = r.difference
         told = (f"{d.mean:+.3g}", f"[{d.low:+.3g}, {d.high:+.3g}]") if d else ("–", "–")
-        cells.append((r.metric, r.arm, str(r.n), f"{r.mean:.4g}", *told, r.verdict))
-    line = lambda row, tag: "<tr>" + "".join(f'<{tag} style="text-align:left;padding:1px 8px">{escape(c)}</{tag}>' for c in row) + "</tr>"
+        cells.append((r.metric, r.arm, r.n, r.mean, *told, r.verdict))
     failed = "".join(f'<p style="color:#d55e00">{escape(f"{c.arm}, seed {c.seed}: {c.error}")}</p>' for c in found.cells if c.error)
-    return f'<table style="border-collapse:collapse">{line(cells[0], "th")}{"".join(line(row, "td") for row in cells[1:])}</table>{failed}'
+    return table_html(cells, head) + failed
