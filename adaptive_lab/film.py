@@ -7,11 +7,10 @@ __all__ = ['MOST', 'MORE', 'RUN', 'Frame', 'added', 'page', 'code_html']
 
 # %% ../nbs/83_film.ipynb #0003
 import base64
-import json
 from html import escape
 from typing import NamedTuple
 
-from .spheres import EXPORT, LOOK, POLICY, STATIC, Scene, plain
+from .spheres import EXPORT, STATIC, Scene, plain, self_contained
 
 # %% ../nbs/83_film.ipynb #0005
 class Frame(NamedTuple):
@@ -64,14 +63,10 @@ def page(
     "A self-contained HTML page with the film, without any request."
     given = dict(film=[f.to_dict() for f in frames], step=-1)
     given |= dict(scene=scene.head(), data=base64.b64encode(scene.data()).decode()) if scene else {}
-    record = json.dumps(given, separators=(",", ":")).replace("<", "\\u003c")
     told = "".join(f"<h2>{escape(h)}</h2>{body}" for h, body in sections)
     modules = _module("film") + (_module("spheres") if scene else "")
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}; img-src data:">'
-            f'<meta name="viewport" content="width=device-width"><title>{escape(plain(title))}</title><style>{LOOK}{MORE}</style></head>\n'
-            f'<body><h1>{escape(plain(title))}</h1><p>{escape(note)}</p><div id="film"></div>{"<h2>levels</h2>" if scene else ""}<div id="spheres"></div>{told}'
-            f'<noscript>This page draws with JavaScript, which is off.</noscript><script type="application/json" id="given">{record}</script>\n'
-            f'<script type="module">{modules}{RUN}</script></body></html>\n')
+    body = f'<p>{escape(note)}</p><div id="film"></div>{"<h2>levels</h2>" if scene else ""}<div id="spheres"></div>{told}'
+    return self_contained(title, body, given, modules + RUN, MORE)
 
 def code_html(text: str) -> str:
     "Code as it is."

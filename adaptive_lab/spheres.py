@@ -6,7 +6,7 @@
 __all__ = ['LONGEST', 'NARROW', 'WIDE', 'NEAR', 'LEVEL_COLORS', 'STATIC', 'POLICY', 'LOOK', 'START', 'EXPORT', 'reach', 'exp0',
            'log_sinh', 'distance', 'plain', 'Level', 'Snapshot', 'snapshot_from_dict', 'unit', 'axes_of', 'placed',
            'kept', 'radii', 'ball_about', 'neighbours', 'far', 'near', 'Scene', 'scene_of', 'rows', 'moment', 'head',
-           'data', 'page', 'thinned']
+           'data', 'self_contained', 'page', 'thinned']
 
 # %% ../nbs/82_spheres.ipynb #0003
 import base64
@@ -243,12 +243,12 @@ Scene.rows, Scene.head, Scene.data = rows, head, data
 
 # %% ../nbs/82_spheres.ipynb #0038
 STATIC = Path(__file__).parent / "static" if "__file__" in globals() else Path("../adaptive_lab/static")
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 LOOK = """:root{color-scheme:light dark;--jp-ui-font-color1:#222;--jp-layout-color0:#fff;--jp-layout-color1:#fff;--jp-layout-color2:#eee;--jp-border-color1:#bbb}
 @media(prefers-color-scheme:dark){:root{--jp-ui-font-color1:#ddd;--jp-layout-color0:#111;--jp-layout-color1:#1b1b1b;--jp-layout-color2:#2b2b2b;--jp-border-color1:#555}}
 body{margin:0;padding:12px;background:var(--jp-layout-color0);color:var(--jp-ui-font-color1);font:13px system-ui,sans-serif}h1{font-size:16px;margin:0 0 8px}"""
 START = """
-const given = JSON.parse(document.getElementById("scene").textContent), raw = atob(given.data);
+const given = JSON.parse(document.getElementById("given").textContent), raw = atob(given.data);
 const bytes = Uint8Array.from(raw, (ch) => ch.charCodeAt(0)), held = { ...given, data: new DataView(bytes.buffer) };
 const model = { get: (k) => held[k], set: (v) => Object.assign(held, v), save_changes() {}, on() {}, off() {} };
 render({ model, el: document.getElementById("spheres") });
@@ -256,17 +256,26 @@ render({ model, el: document.getElementById("spheres") });
 EXPORT = "export default { render };"
 
 # %% ../nbs/82_spheres.ipynb #0039
+def self_contained(
+    title: str,  # any text
+    body: str,  # HTML in which all text is escaped
+    given: dict,  # JSON data, which the script finds in the element `given`
+    script: str,  # a JavaScript module
+    style: str = "",
+) -> str:
+    "A HTML page that needs nothing else, and whose content policy lets no request out."
+    name, record = escape(plain(title)), json.dumps(given, separators=(",", ":")).replace("<", "\\u003c")
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+            f'<meta name="viewport" content="width=device-width"><title>{name}</title><style>{LOOK}{style}</style></head>\n<body><h1>{name}</h1>{body}'
+            f'<noscript>This page draws with JavaScript, which is off.</noscript><script type="application/json" id="given">{record}</script>\n'
+            f'<script type="module">{script}</script></body></html>\n')
+
 def page(scene: Scene, note: str = "") -> str:  # note: a line below the title
     "A self-contained HTML page: no requests, interactive, about 50 KB and the points."
     given = dict(scene=scene.head(), data=base64.b64encode(scene.data()).decode(), live=False)
     source = (STATIC / "spheres.js").read_text(encoding="utf-8").replace(EXPORT, "")
-    title = escape(plain(scene.title))
     told = f"<p>{escape(note)}</p>" if note else ""
-    record = json.dumps(given, separators=(",", ":")).replace("<", "\\u003c")
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-            f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{LOOK}</style></head>\n<body><h1>{title}</h1>{told}<div id="spheres"></div>'
-            f'<noscript>This page draws with JavaScript, which is off.</noscript><script type="application/json" id="scene">{record}</script>\n'
-            f'<script type="module">{source}{START}</script></body></html>\n')
+    return self_contained(scene.title, f'{told}<div id="spheres"></div>', given, source + START)
 
 # %% ../nbs/82_spheres.ipynb #0043
 def thinned(snapshots: list, most: int = 60) -> list:
