@@ -278,7 +278,8 @@ def landscape(
     title: str,
     name: str = "loss",
     log: bool = True,  # colours and contour lines by the logarithm
-    done=None,  # (rows, columns) bool: which cells are measured; by default those that are not NaN
+    done=None,  # (rows, columns) bool: which cells are drawn; by default those that are not NaN
+    measured=None,  # how many of them are; the others show a neighbour's value. By default all
     path=(),  # (k, 2) of a trajectory, drawn over it
     marks=(),  # (x, y, words) of crosses
     levels: int = 8,  # contour lines
@@ -296,7 +297,7 @@ def landscape(
     done, scale = ~np.isnan(v) if done is None else np.asarray(done, bool), scale_of(v, log)
     body = _image(frame, _cells(v, done, scale)) + _lines(frame, v, x, y, scale, levels) + _way(frame.to_pixels(np.reshape(path, (-1, 2))))
     bad = int((done & ~np.isfinite(v)).sum())
-    words = f"{name} from {scale.low:.3g} to {scale.high:.3g} on {len(x)} by {len(y)} points, {int(done.sum())} measured" + f", {bad} not finite" * bool(bad)
+    words = f"{name} from {scale.low:.3g} to {scale.high:.3g} on {len(x)} by {len(y)} points, {int(done.sum()) if measured is None else measured} measured" + f", {bad} not finite" * bool(bad)
     note = f'<text x="{frame.box[0]}" y="{height - 7}" fill="#d55e00">{bad} not finite</text>' if bad else ""
     around = _grid(frame, *axes, lines=False) + _marks(frame, marks) + _legend(scale, name, *np.array(frame.box)[[2, 1, 3]])
     return picture(_cut(frame, body) + around + note, width, height, title, words), frame

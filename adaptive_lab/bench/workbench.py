@@ -130,7 +130,7 @@ PLANE = """from adaptive_lab.bench.landscape import digits_judge
 from adaptive_lab.epsilon_vae.landscape import random_plane
 from adaptive_lab.panels.landscape import LandscapePanel
 judge, state = digits_judge([64, 256, 256, 10])
-panel = LandscapePanel(random_plane(state), judge, n=501)
+panel = LandscapePanel(random_plane(state), judge, n=151)
 panel"""
 
 def plane_figures(presses: int, quick: bool) -> list[Figure]:

@@ -68,7 +68,7 @@ def draw(self):
     "Draw what is measured so far."
     s, name = self.slice, self.what.value
     title = f"{name} in the plane"
-    self.map.svg, self.frame = landscape(s.filled(name), s.a, s.b, title, name, log=name == "loss", path=self.plane.path, width=560, height=420)
+    self.map.svg, self.frame = landscape(s.filled(name), s.a, s.b, title, name, log=name == "loss", measured=int(s.done.sum()), path=self.plane.path, width=560, height=420)
     self.map.box, self._drawn = list(self.frame.box), time.perf_counter()
     left = "" if s.done.all() else f"{s.done.mean():.0%} measured; "
     self.progress.value = f"{left}{escape(s.samples)}; {escape(s.about)}"
