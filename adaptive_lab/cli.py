@@ -136,9 +136,12 @@ def replay_command(argv) -> int:
     return max(_replay_or_say(s, name, options) for name, s in sessions.items())
 
 def found_beside(file: Path, named: str) -> str:
-    "A path as it was from where the recording was made, looked for from here and from every folder that the record lies in."
-    beside = (str(folder / named) for folder in file.resolve().parents if named and (folder / named).exists())
-    return named if not named or Path(named).exists() else next(beside, named)
+    "A path as it was from where the recording was made, looked for from here and from every folder that the record lies in, and right beside the record."
+    if not named or Path(named).exists():
+        return named
+    here = file.resolve().parent
+    places = [*(folder / named for folder in (here, *here.parents)), here / Path(named).name, here / Path(named).parent.name / Path(named).name]
+    return next((str(p) for p in places if p.exists()), named)
 
 # %% ../nbs/98_cli.ipynb #0012
 def record_in(path: Path) -> dict:

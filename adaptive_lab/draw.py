@@ -127,6 +127,7 @@ def curves(
     pale = {name: _until(*thin(*behind[name]), xlim[1]) for name in drawn if name in (behind or {})}
     ylim = _limits([y for _, y in (*drawn.values(), *pale.values())], ylim)
     out = [_axes(box, xlim, ylim, xlabel)]
+    out += [f'<text x="{box[0]}" y="{height - 3}" fill-opacity=".7">pale: the run before</text>'] if pale else []
     for at, text in marks:
         px = box[0] + (at - xlim[0]) / (xlim[1] - xlim[0]) * (box[2] - box[0])
         out.append(f'<path d="M{px:.1f} {box[1]}V{box[3]}" stroke="currentColor" stroke-opacity=".45" stroke-dasharray="3 3"><title>{escape(text)}</title></path>')

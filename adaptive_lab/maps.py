@@ -14,7 +14,7 @@ from html import escape
 
 import numpy as np
 
-from .draw import COLORS, SVG, picture, ticks
+from .draw import COLORS, SVG, picture, short, ticks
 from .heat import PALETTE, UNKNOWN, png, shades
 
 # %% ../nbs/82_maps.ipynb #0005
@@ -120,7 +120,9 @@ def _d(points: np.ndarray, dots: bool = False) -> str:
 def _dots(pixels: np.ndarray, index: np.ndarray, size: float, opacity: float = 0.9) -> str:
     "Dots in the colours of the palette, rounded to thirty-two of them."
     coarse = np.where(index == UNKNOWN, UNKNOWN, np.minimum(index // 8 * 8 + 4, UNKNOWN - 1))
-    out = [f'<path d="{_d(pixels[coarse == c], dots=True)}" stroke="{_css(c)}"/>' for c in np.unique(coarse)[::-1]]
+    few = pixels[np.isfinite(pixels).all(1)][:301]  # an edge, so that dark ones are seen on black; too many dots would make it too long a picture
+    out = [f'<path d="{_d(few, dots=True)}" stroke="currentColor" stroke-opacity=".35" stroke-width="{size + 1.5:g}"/>'] if len(few) <= 300 else []
+    out += [f'<path d="{_d(pixels[coarse == c], dots=True)}" stroke="{_css(c)}"/>' for c in np.unique(coarse)[::-1]]
     return f'<g fill="none" stroke-width="{size:g}" stroke-linecap="round" stroke-opacity="{opacity:g}">{"".join(out)}</g>'
 
 # %% ../nbs/82_maps.ipynb #0019
@@ -190,7 +192,7 @@ def scatter(
     values=None,  # (n,) a metric; NaN where it is missing
     name: str = "",  # of the metric
     log: bool = False,  # colour by its logarithm
-    runs=None,  # (n,) which run each point is of; a line goes through those of a run, in their order
+    runs=None,  # (n,) which run each point is of; a line goes through those of a run, in their order, and up to eight are named
     front=(),  # numbers of the points that get a ring
     marks=(),  # (x, y, words) of crosses
     axes=("", ""),  # names of x and y
@@ -204,8 +206,10 @@ def scatter(
     frame = Frame((52, 26, width - 66, height - 34), *(view or (limits(p[:, 0]), limits(p[:, 1]))))
     px, scale = frame.to_pixels(p), scale_of(v, log)
     lines = "" if runs is None else "".join(_d(px[np.asarray(runs) == r]) for r in dict.fromkeys(np.asarray(runs).tolist()))
+    last = {} if runs is None else {str(r): at for r, at in zip(runs, px.tolist()) if np.isfinite(at).all()}
+    named = "" if len(last) > 8 else "".join(f'<text x="{x - 7:.1f}" y="{y - 7:.1f}" text-anchor="end" fill-opacity=".8">{short(r, 18)}</text>' for r, (x, y) in last.items())
     inside = [f'<path d="{lines}" fill="none" stroke="currentColor" stroke-opacity=".25"/>',
-              _dots(px, scale.at(v), 6 if len(p) > 300 else 8), _rings(px[front])]
+              _dots(px, scale.at(v), 6 if len(p) > 300 else 8), _rings(px[front]), named]
     known = bool(np.isfinite(v).any())
     words = f"{len(p)} points" + f", {name} from {scale.low:.3g} to {scale.high:.3g}" * known + f", {len(front)} on the front" * bool(len(front))
     legend = _legend(scale, name, *np.array(frame.box)[[2, 1, 3]]) if known else ""

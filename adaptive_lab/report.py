@@ -25,7 +25,6 @@ def filmed(run: Run, frames: int = 40, tick=lambda: None) -> list[Frame]:
     "Run to the end; pictures of so many moments. `tick()` is called after each step. Stops at `KeyboardInterrupt` with what there is."
     end = run.recipe["run.steps"]
     due, found = set(np.linspace(run.index, end, max(2, frames)).astype(int).tolist()), []
-    run.optimizer
     shoot = lambda: found.append(Frame(run.index, "", pictures_of(Moment(run))))
     shoot()
     try:
@@ -49,6 +48,7 @@ def report(
     from tqdm import tqdm
 
     run = Run(recipe)
+    run.optimizer  # what cannot be built says so before anything else
     with tqdm(total=recipe["run.steps"], unit="step", disable=not progress) as bar:
         film = filmed(run, frames, bar.update)
     last = run.evaluations[-1] if run.evaluations else {}
@@ -76,8 +76,10 @@ def make_report(recipe: Recipe, o: argparse.Namespace) -> int:
         raise ValueError(f"out={str(o.out)!r} is not allowed: a file that ends in .html, in a folder that exists")
     if o.out.exists() and not o.overwrite:
         raise ValueError(f"out={str(o.out)!r} is there already: give --overwrite, or another name")
-    if not 2 <= o.frames <= 1000 or o.helps and not 2 <= o.helps <= 1000:
-        raise ValueError(f"frames={o.frames} and helps={o.helps} are not allowed: 2 to 1000 frames, and 0 or 2 to 1000 seeds")
+    if not 2 <= o.frames <= 1000:
+        raise ValueError(f"frames={o.frames} is not allowed: 2 to 1000")
+    if o.helps and not 2 <= o.helps <= 1000:
+        raise ValueError(f"helps={o.helps} is not allowed: 0, or 2 to 1000 seeds")
     write_durably(o.out, [report(recipe, o.title, o.frames, o.helps, not o.quiet).encode()])
     print(f"{o.out}: {o.out.stat().st_size / 1000:.0f} kB")
     return 0

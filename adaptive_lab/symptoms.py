@@ -162,7 +162,7 @@ CURES = {  # symptom -> what to try when gates act, when plasticity_k is 0, and 
     "does not learn the new task": (["decrease plasticity_k", "increase lr"], ["increase lr"], ["increase lr"]),
     "forgets the old tasks": (["increase plasticity_k", "increase trace_decay"], ["increase plasticity_k"], ["decrease warmup_steps"]),
 }
-ATTACHED = {  # the same, at all times, when a model is attached
+ATTACHED = {  # before them, at all times, when a model is attached: of gates on weights no gain was found
     "forgets the old tasks": ["increase coincidence"],
     "does not learn the new task": ["decrease coincidence"],
     "is unstable": ["decrease coincidence"],
@@ -174,7 +174,7 @@ def cures(symptom: str, knobs: Knobs, step: int, attached: bool = False) -> list
     when = 1 if knobs.plasticity_k == 0 else 2 if step <= knobs.warmup_steps else 0
     ends = {k.name: (k.low, k.high) for k in walk(type(knobs))}
     found = []
-    for way, name in map(str.split, CURES[symptom][when] + attached * ATTACHED.get(symptom, [])):
+    for way, name in map(str.split, attached * ATTACHED.get(symptom, []) + CURES[symptom][when]):
         now, (low, high) = getattr(knobs, name), ends[name]
         if now > low if way == "decrease" else now < ENOUGH.get(name, high):
             found.append(f"{way} {name} (now {now:.4g})")

@@ -113,10 +113,11 @@ def check_format(d, what: str):
         raise RecipeError(f"this {what} was written by a newer version (format {d['format']}, this version reads up to {FORMAT}): update adaptive-lab")
 
 def but(self: Recipe, mechanisms=None, **names: str) -> Recipe:
-    "The recipe with other parts (`data=`, `model=`, `optimizer=`) or mechanisms; the knobs of those that stay are kept. Raises what `Recipe` raises."
+    "The recipe with other parts (`data=`, `model=`, `optimizer=`) or mechanisms; the knobs of those that stay are kept, weights of another model are not. Raises what `Recipe` raises."
     now, around = self.names | names, self.mechanisms if mechanisms is None else _named(mechanisms)
     stay = {"run", "training", *(kind for kind in self.names if now[kind] == self.names[kind]), *set(around) & set(self.mechanisms)}
-    return Recipe(**now, knobs={a: v for a, v in self.to_dict()["knobs"].items() if a.split(".")[0] in stay}, mechanisms=around)
+    knobs = {a: v for a, v in self.to_dict()["knobs"].items() if a.split(".")[0] in stay} | ({"run.weights": ""} if "model" not in stay else {})
+    return Recipe(**now, knobs=knobs, mechanisms=around)
 
 Recipe.to_dict, Recipe.from_dict, Recipe.but = recipe_to_dict, staticmethod(recipe_from_dict), but
 

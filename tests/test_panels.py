@@ -15,7 +15,7 @@ from adaptive_lab.heat import PALETTE, shades
 from adaptive_lab.knobs import Knobs, knob, walk
 from adaptive_lab.live import Live
 from adaptive_lab.panels import training
-from adaptive_lab.panels.controls import control, place, same
+from adaptive_lab.panels.controls import control, meant, place, same, words
 from adaptive_lab.panels.training import TrainingPanel
 from adaptive_lab.panels.views import (
     LEAST, VIEWS, course_view, eligibility_view, extreme_samples, gate_blocks, heat_view, history_lines, holders_view, phi_view, places_view, spared, value_holders,
@@ -150,6 +150,20 @@ def test_a_value_off_the_grid_is_on_the_slider_exactly(value):
         assert abs(steps - round(steps)) < 1e-6
         place(made, k, value / 3)
         assert same(made.value, value / 3)
+
+
+def test_round_values_are_positions_and_the_left_end_of_powers_is_zero():
+    class K(Knobs):
+        coincidence: float = knob(0.0, "a", ge=0, span=(0, 120))
+        decay: float = knob(0.9, "b", ge=0, lt=1)
+        weight_decay: float = knob(0.0, "c", ge=0, le=1, log=True)
+
+    a, b, c = (control(k, k.default) for k in walk(K))
+    for made, value in ((a, 10.0), (a, 40.0), (b, 0.99)):
+        steps = (value - made.min) / made.step
+        assert abs(steps - round(steps)) < 1e-6
+    k = list(walk(K))[2]
+    assert same(c.value, words(k, 0.0)) and meant(k, c.value) == 0.0 and meant(k, 1e-3) == 1e-3 and "0 at the left end" in c.tooltip
 
 
 def test_a_reset_builds_beside_the_loop_and_a_failed_one_leaves_the_run(monkeypatch):

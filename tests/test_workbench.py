@@ -285,6 +285,30 @@ def test_a_checkpoint_that_cannot_be_written_is_told(bench, monkeypatch):
     assert bench.panel.run.advance(12).index == 12
 
 
+def test_a_composition_by_hand_is_no_preset_and_begins_with_its_seed(bench, tmp_path):
+    bench.compose.choose("tasks")
+    assert bench.compose.presets.value == "tasks" and bench.compose.about.value
+    bench.compose.menus["optimizer"].value = "sgd"
+    assert bench.compose.presets.value == "–" and not bench.compose.about.value and "'sgd'" in bench.compose.code.value.replace("&#x27;", "'")
+    bench.compose.choose("tasks")
+    assert bench.compose.menus["optimizer"].value == "plasticity"
+    path = tmp_path / "w.safetensors"
+    save_state(path, bench.panel.run.model.state_dict())
+    bench.put(Run(tasks(**{"run.weights": str(path)})))
+    assert bench.recipe()["run.weights"] and not bench.compose.recipe["run.weights"]
+    assert bench.recipe().but([])["run.weights"] and not bench.recipe().but(model="cnn")["run.weights"]
+
+
+def test_branches_are_saved_though_their_folder_is_gone(bench):
+    bench.panel.run.advance(10)
+    shutil.rmtree(bench.tree.store.folder)
+    bench.save_branches()
+    assert main(["replay", str(bench.folder / "run.json")]) == 0
+    bench.file.value = ""
+    bench.save_branches()
+    assert "is not allowed" in bench.shared.value
+
+
 # --- the report --------------------------------------------------------------------------------------
 
 
@@ -293,7 +317,7 @@ def test_the_report_is_a_page_and_its_flags_are_checked_before_anything_runs(tmp
     assert main([*flags, "--out", str(tmp_path / "r.html"), "--frames", "3", "--quiet"]) == 0 and not capsys.readouterr().err
     html = (tmp_path / "r.html").read_text()
     assert html.count("<script") == 2 and "replay(recipe" in html and len(html) < 300_000
-    for wrong, said in ((["--out", str(tmp_path / "no/r.html")], "in a folder that exists"), (["--out", str(tmp_path / "s.html"), "--frames", "1"], "2 to 1000 frames"),
+    for wrong, said in ((["--out", str(tmp_path / "no/r.html")], "in a folder that exists"), (["--out", str(tmp_path / "s.html"), "--frames", "1"], "2 to 1000"),
                         (["--out", str(tmp_path / "r.html")], "--overwrite")):
         assert main([*flags, *wrong]) == 2 and said in capsys.readouterr().err
 

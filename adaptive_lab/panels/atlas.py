@@ -28,7 +28,7 @@ class AtlasPanel(DecodedPanel):
         store="decoded",  # folder of the store in which checkpoints are kept
     ):
         super().__init__(atlas.evaluators[0], store, atlas.rows[0].recipe)
-        self.atlas, self.names, self.kind = atlas, atlas.metrics()[1], 0
+        self.atlas, self.names, self.kind, self._near, self._moved = atlas, atlas.metrics()[1], 0, None, False
         self.marked: dict[str, int | None] = {"A": None, "B": None}
         self.front = self._front()  # it does not change, and turning it must be quick
         self._build()
@@ -103,7 +103,7 @@ def _draw_space(self):
 # %% ../../nbs/91_panels.atlas.ipynb #0009
 def _pointed(self, point: list):
     "The page says where the pointer is."
-    if point:
+    if point and not self._moved:
         at = nearest(self.frame.to_pixels(self.atlas.flat), *point, within=5)
         self.choose(*(self.atlas.flat[at] if at is not None else self.frame.to_data(*point)))
 
@@ -111,16 +111,16 @@ def choose(self, x: float, y: float):
     "Decode the network at a place of the map."
     z = self.atlas.latent_at(x, y)
     near, far = self.atlas.nearest(z), max(self.atlas.distance(z), self.atlas.distance_at(x, y))
-    row = self.atlas.rows[near]
+    row, self._near = self.atlas.rows[near], near
     own = torch.equal(z, self.atlas.z[near])
     away = "a checkpoint itself" if own else f"distance {far:.2f}" + (" — <b>far from every checkpoint: do not trust the prediction</b>" if far > 1 else "")
     origin = dict(latent=[float(v) for v in z], near=dict(run=row.run, step=row.step, hash=row.hash), distance=far)
     self.take(lambda: self._from(self.atlas.decode(z, near)), f"near <b>{escape(row.run)}</b> at step {row.step}, {away}", origin, own)
 
 def mark(self, letter: str):
-    "Mark the checkpoint nearest to the pointer as an end of the way."
+    "Mark the checkpoint that the page names (on the way, the one nearest to the pointer) as an end of the way."
     x, y = self.frame.to_data(*self.map.point)
-    self.marked[letter] = int(np.hypot(*(self.atlas.flat - (x, y)).T).argmin())
+    self.marked[letter] = int(np.hypot(*(self.atlas.flat - (x, y)).T).argmin()) if self._near is None else self._near
     self.t.disabled = None in self.marked.values()
     self.draw()
     row = self.atlas.rows[self.marked[letter]]
@@ -133,6 +133,9 @@ def slide(self, t: float):
     if i is None or j is None:
         raise ValueError("two checkpoints are needed to go between: mark A and B first")
     rows = [self.atlas.rows[k] for k in (i, j)]
+    self._near, self._moved = None, True  # the pointer goes along, and chooses nothing
+    self.map.point = self.frame.to_pixels((1 - t) * self.atlas.flat[i] + t * self.atlas.flat[j]).tolist()
+    self._moved = False
     about = f"{t:.0%} of the way from <b>{escape(rows[0].run)}</b> at {rows[0].step} to <b>{escape(rows[1].run)}</b> at {rows[1].step}"
     origin = dict(between=[dict(run=r.run, step=r.step, hash=r.hash) for r in rows], t=t)
     self.take(lambda: self._from(self.atlas.between(i, j, t)), about, origin, t in (0, 1))

@@ -6,12 +6,13 @@
 __all__ = ['FIRST', 'MEANS', 'menu', 'Compose', 'show', 'tell', 'recipe', 'choose', 'keep', 'build']
 
 # %% ../../nbs/92_panels.compose.ipynb #0003
+import asyncio
 from collections.abc import Callable
 from html import escape
 
 import ipywidgets as w
 
-from .controls import EXPECTED, alert, button
+from .controls import EXPECTED, alert, button, later
 from .training import WRAP
 from ..parts import parts
 from ..presets import PRESETS, Saved, preset
@@ -36,10 +37,11 @@ class Compose:
     def __init__(
         self,
         recipe: Recipe,
-        build: Callable[[Recipe], None],  # called with what is composed
+        make: Callable[[Recipe], object],  # makes of a recipe what runs, in a thread of its own
+        take: Callable[[object], None],  # is given what was made
         folder,  # where presets are saved by name
     ):
-        self.base, self._build, self.saved, self._quiet = recipe, build, Saved(folder), False
+        self.base, self._make, self._take, self.saved, self._quiet = recipe, make, take, Saved(folder), False
         narrow, key = dict(width="17em"), dict(description_width="5.5em")
         self.presets = w.Dropdown(description="preset", style=key, layout=narrow)
         self.menus = {kind: w.Dropdown(options=menu(kind), description=kind, style=key, layout=narrow) for kind in recipe.names}
@@ -47,7 +49,7 @@ class Compose:
         self.name = w.Text("mine", description="name", style=dict(description_width="3em"), layout=dict(width="12em"))
         self.about, self.message, self.code = w.HTML(), w.HTML(), w.HTML()
         for choice in (*self.menus.values(), *self.around.values()):
-            choice.observe(lambda change: None if self._quiet else self._show_code(), "value")
+            choice.observe(lambda change: None if self._quiet else self._changed(), "value")
         self.go = button("Build", "build this composition; what ran before stays in the tree of branches", self.build, "cubes")
         keep = button("Save preset", "keep this composition with its knobs under the name at the left", self.keep, "bookmark")
         self._lay_out(keep)
@@ -62,8 +64,8 @@ def _lay_out(self, keep):
     around = w.Box([w.HTML("mechanisms"), *self.around.values()], layout=dict(WRAP, width="auto", align_items="center"))
     self.root = w.VBox([w.Box([self.presets, *self.menus.values()], layout=WRAP), w.Box([around, self.go, self.name, keep], layout=dict(WRAP, align_items="center")), self.about, self.message, w.Accordion([self.code], titles=("The same as Python and as a command",))])
 
-def show(self, recipe: Recipe):
-    "Let every choice show this recipe."
+def show(self, recipe: Recipe, name: str = ""):
+    "Let every choice show this recipe, and the menu of presets its name, if it is one."
     self.base, self._quiet = recipe, True
     for kind, menu_ in self.menus.items():
         if recipe.names[kind] not in menu_.options:
@@ -71,13 +73,21 @@ def show(self, recipe: Recipe):
         menu_.value = recipe.names[kind]
     for m, box in self.around.items():
         box.value = m in recipe.mechanisms
-    now = self.presets.value
+    now = name or self.presets.value
     self.presets.options = ["–", *PRESETS, *(f"{n} (mine)" for n in self.saved.names())]
-    self.presets.value = now if now in self.presets.options else "–"
+    self.presets.value = now if now in self.presets.options and self._is(now, recipe) else "–"
+    self.about.value = escape(PRESETS[self.presets.value].about) if self.presets.value in PRESETS else ""
     self._quiet = False
     self._show_code()
 
 # %% ../../nbs/92_panels.compose.ipynb #0011
+def _changed(self):
+    "A choice by hand: it is no preset any more."
+    self._quiet = True
+    self.presets.value, self.about.value = "–", ""
+    self._quiet = False
+    self._show_code()
+
 def _show_code(self):
     "What is chosen, to be copied; or why no recipe can be made of it."
     try:
@@ -90,25 +100,35 @@ def tell(self, text: str = ""):
     "A message under the bar."
     self.message.value = alert(text)
 
-for f in (_lay_out, show, _show_code, tell):
+for f in (_lay_out, show, _changed, _show_code, tell):
     setattr(Compose, f.__name__, f)
 
 # %% ../../nbs/92_panels.compose.ipynb #0012
 @property
 def recipe(self) -> Recipe:
-    "What is chosen. Raises what `Recipe` raises."
-    return self.base.but([m for m, box in self.around.items() if box.value], **{kind: menu_.value for kind, menu_ in self.menus.items()})
+    "What is chosen; it begins with the weights that its seed makes. Raises what `Recipe` raises."
+    found = self.base.but([m for m, box in self.around.items() if box.value], **{kind: menu_.value for kind, menu_ in self.menus.items()})
+    found.knobs["run"].weights = ""
+    return found
+
+def _named(self, name: str) -> Recipe | None:
+    "The preset of that name in the menu, or one that was saved. Raises what reading it raises."
+    return None if name == "–" else self.saved.load(name.removesuffix(" (mine)")) if name.endswith(" (mine)") else preset(name)
+
+def _is(self, name: str, recipe: Recipe) -> bool:
+    try:
+        return self._named(name) == recipe
+    except EXPECTED:  # a saved one that cannot be read
+        return False
 
 def choose(self, name: str):
     "Take a preset, or one that was saved."
     self.tell()
     try:
-        found = None if name == "–" else self.saved.load(name.removesuffix(" (mine)")) if name.endswith(" (mine)") else preset(name)
+        if (found := self._named(name)) is not None:
+            self.show(found, name)
     except EXPECTED as e:
-        return self.tell(str(e))
-    if found is not None:
-        self.show(found)
-    self.about.value = escape(PRESETS[name].about) if name in PRESETS else ""
+        self.tell(str(e))
 
 # %% ../../nbs/92_panels.compose.ipynb #0013
 def keep(self):
@@ -122,11 +142,19 @@ def keep(self):
         self.tell(str(e))
 
 def build(self):
-    "Build what is chosen."
+    "Build what is chosen, beside whatever runs: data may have to be fetched first."
     self.tell()
-    try:
-        self._build(self.recipe)
-    except EXPECTED as e:
-        self.tell(f"this composition cannot run: {e}")
+    self.go.disabled = True
+    self.task = later(self._built(), lambda text: self.tell(f"this composition cannot run: {text}"))
 
-Compose.recipe, Compose.choose, Compose.keep, Compose.build = recipe, choose, keep, build
+async def _built(self):
+    before, self.about.value = self.about.value, "building …"
+    try:
+        self._take(await asyncio.get_running_loop().run_in_executor(None, self._make, self.recipe))
+    finally:
+        self.go.disabled = False
+        self.about.value = before if self.about.value == "building …" else self.about.value
+
+Compose.recipe = recipe
+for f in (_named, _is, choose, keep, build, _built):
+    setattr(Compose, f.__name__, f)

@@ -9,6 +9,7 @@ __all__ = ['SAMPLES', 'ACROSS', 'REST', 'answers', 'answers_picture', 'numbers_h
 # %% ../../nbs/90_panels.decoded.ipynb #0003
 import asyncio
 import base64
+import math
 import time
 from html import escape
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import ipywidgets as w
 import torch
 
-from ..draw import SVG, picture
+from ..draw import SVG, picture, table_html
 from ..epsilon_vae.gate import Refused, Verified, verify
 from ..heat import png
 from .controls import button
@@ -46,15 +47,18 @@ def answers_picture(found: list[tuple], width: int = 420) -> SVG:
                    f'<text x="{x + side / 2:g}" y="{y + side + 11}" text-anchor="middle" font-size="10"{ink}>{chosen} · {share:.0%}</text>')
     right = sum(r for *_, r in found)
     rows = -(-len(found) // ACROSS)
-    return picture("".join(out), width, 30 + rows * (side + 18), "answers to held-out samples", f"{right} of {len(found)} right")
+    return picture("".join(out), width, 30 + rows * (side + 18), "answers to held-out samples: class · probability, red where wrong", f"{right} of {len(found)} right")
 
 # %% ../../nbs/90_panels.decoded.ipynb #0008
 def numbers_html(predicted: dict, measured: dict) -> str:
     "Predicted and measured metrics as an HTML table."
     cell = lambda v: "–" if v is None else f"{v:.3f}"
+    span = lambda low, high: f"{low:.3f} to {high:.3f}" if math.isfinite(high - low) else "too few runs to say"
+    if not predicted:
+        return table_html(measured.items(), ("metric", "measured"))
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td><b>{cell(predicted.get(name, (None,))[0])}</b></td>"
-        f"<td>{'–' if name not in predicted else f'{predicted[name][1]:.3f} to {predicted[name][2]:.3f}'}</td><td><b>{cell(measured.get(name))}</b></td></tr>"
+        f"<td>{'–' if name not in predicted else span(*predicted[name][1:3])}</td><td><b>{cell(measured.get(name))}</b></td></tr>"
         for name in dict.fromkeys([*measured, *predicted]))
     return f'<table class="al-numbers"><tr><th>metric</th><th>predicted</th><th>90% interval</th><th>measured</th></tr>{rows}</table>'
 

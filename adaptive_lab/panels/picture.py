@@ -22,6 +22,7 @@ class Picture(anywidget.AnyWidget):
     _esm = STATIC / "picture.js"
     svg = traitlets.Unicode("").tag(sync=True)
     arrive = traitlets.Bool(False).tag(sync=True)  # bring the panel it is in to the top of the page, once
+    tips = traitlets.Dict().tag(sync=True)  # what controls mean by name, where they cannot say it themselves: check boxes
 
 # %% ../../nbs/86_panels.picture.ipynb #0008
 STYLE = """<style>

@@ -117,6 +117,7 @@ def _build(self):
     self.accuracy, self.loss = Picture(), Picture()
     self.extra = [(Picture(), view) for part in (self.run.recipe.names["optimizer"], *self.run.recipe.mechanisms) for view in VIEWS.get(part, ())]
     self._lay_out(*self._make_controls())
+    self.loss.tips = {k.name: f"{k.doc}; {k.range}" for k in self.declared.values() if k.type is bool}
     self.accuracy.svg, self.loss.svg = accuracy_view(self.live), loss_view(self.live)
     self._say("".join(f"an earlier training was paused at step {p.run.index}: `panel.earlier[{i}]` shows it" for i, p in enumerate(self.earlier)))
 

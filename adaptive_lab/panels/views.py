@@ -33,7 +33,7 @@ from ..valued_adam import phi_at, sample_phi
 def turned(live: Live) -> list:
     "Where knobs were turned, for the curves: those on the tape, and those that wait for the next step."
     run = live.run
-    found = [(c.step, f"{c.knob} = {c.value:.4g}" if isinstance(c.value, float) else f"{c.knob} = {c.value}") for c in run.tape.changes[-30:]]
+    found = [(c.step, f"{c.knob} = {c.value:.4g}" if isinstance(c.value, float) else f"{c.knob} = {c.value}") for c in run.tape.changes[-100:]]  # more lines than this say nothing
     return found + [(run.index, f"{k} = {v} from the next step on") for k, v in run.waiting.items()]
 
 def loss_view(live: Live, width: int = 600):

@@ -2,6 +2,7 @@
 //
 // trait  type    meaning
 // svg    string  the picture, made by adaptive_lab.draw (all text in it is escaped there)
+// tips   object  name of a control -> what it means, for check boxes, whose tooltip ipywidgets does not show
 // arrive bool    bring the panel to the top of what is seen, once; the page sets it back
 //
 // The picture also guards its panel: JupyterLab runs its shortcuts for every key pressed in an output (a and b insert
@@ -13,8 +14,10 @@ const MARK = "data-lm-suppress-shortcuts";
 
 // What a control means: its name, and the tooltip that it was given.
 function told(e) {
-  const control = e.closest?.(".widget-inline-hbox"), name = [...(control?.querySelectorAll(".widget-label, .widget-label-basic") ?? [])].map((x) => x.textContent.trim()).find(Boolean);
-  const tip = [control, ...(control?.querySelectorAll("[title]") ?? [])].map((x) => x?.getAttribute("title")).find((t) => t && t !== "null" && t !== name);
+  const control = e.closest?.(".widget-inline-hbox"), text = (x) => x.textContent.replaceAll("\u200b", "").trim();
+  const name = [...(control?.querySelectorAll(".widget-label, .widget-label-basic") ?? [])].map(text).find(Boolean);
+  const tip = [control, ...(control?.querySelectorAll("[title]") ?? [])].map((x) => x?.getAttribute("title")).find((t) => t && t !== "null" && t !== name)
+    ?? [...document.querySelectorAll(".al-panel")].map((root) => root.contains(e) && root.alTips?.[name]).find(Boolean);
   return tip && name ? `${name}: ${tip}` : "";
 }
 
@@ -35,22 +38,43 @@ function keep(root) {
   if (notebook?.node.contains(root)) app.commands.execute("docmanager:save").catch(() => {});
 }
 
+// ipywidgets opens its sections by mouse only: their headers become buttons.
+const HEADER = ".jupyter-widget-Collapse-header";
+function heads(root) {
+  root.querySelectorAll(HEADER).forEach((e) => {
+    const open = String(!!e.parentElement.classList.contains("jupyter-widget-Collapse-open"));
+    if (e.tabIndex !== 0) e.tabIndex = 0;
+    if (e.getAttribute("role") !== "button") e.setAttribute("role", "button");
+    if (e.getAttribute("aria-expanded") !== open) e.setAttribute("aria-expanded", open);
+  });
+}
+
 function guard(root) {
   if (root.dataset.alGuarded) return;
   root.dataset.alGuarded = "true";
-  const mark = () => root.querySelectorAll(FOCUSABLE).forEach((e) => {
+  const mark = () => { heads(root); root.querySelectorAll(FOCUSABLE).forEach((e) => {
     if (e.getAttribute(MARK) !== "true") e.setAttribute(MARK, "true");
     if (e.getAttribute("role") === "slider" && !e.hasAttribute("aria-label")) e.setAttribute("aria-label", told(e));
-  });
+  }); };
   mark();
+  root.tabIndex = -1;   // a click on a picture puts the focus here, not on the cell, whose shortcuts the next key would run
+  root.style.outline = "none";
+  root.setAttribute(MARK, "true");
+  root.addEventListener("keydown", (event) => {
+    const header = event.target.closest?.(HEADER);
+    if (!header || (event.key !== "Enter" && event.key !== " ")) return;
+    event.preventDefault();
+    header.click();
+  });
   setTimeout(() => keep(root), 1500);
   for (const what of ["focusin", "pointerover"]) root.addEventListener(what, (event) => {
     const line = root.querySelector(".al-meaning .widget-html-content"), text = told(event.target);
     if (!line || !text) return;
     if (line.textContent !== text) line.textContent = text;
+    line.style.lineHeight = "1.35";
     follow(line.closest(".al-meaning"), event.target.closest(".widget-inline-hbox"));
   });
-  new MutationObserver(mark).observe(root, { subtree: true, childList: true, attributes: true, attributeFilter: ["tabindex", "contenteditable"] });
+  new MutationObserver(mark).observe(root, { subtree: true, childList: true, attributes: true, attributeFilter: ["tabindex", "contenteditable", "class"] });
 }
 
 // When the kernel is restarted the controls are dead, which nothing else on the page says.
@@ -75,7 +99,10 @@ function render({ model, el }) {
   const find = () => {   // the panel is attached to the page a moment after its parts are made
     const root = el.closest(".al-panel");
     if (!root) return tries-- > 0 && setTimeout(find, 50);
-    for (let r = root; r; r = r.parentElement.closest(".al-panel")) guard(r);   // a panel may stand in another
+    for (let r = root; r; r = r.parentElement.closest(".al-panel")) {   // a panel may stand in another
+      guard(r);
+      r.alTips = { ...r.alTips, ...model.get("tips") };
+    }
     if (!model.get("arrive")) return;
     model.set("arrive", false);
     model.save_changes();
