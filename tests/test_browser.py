@@ -389,6 +389,21 @@ def theme(page, name):
     page.wait_for_function(f"() => document.body.dataset.jpThemeLight === '{str(name == 'Light').lower()}'", timeout=20_000)
 
 
+def by_keyboard(page):
+    "A section opens by Enter; what is told of a control moves none of them, and check boxes are told, too."
+    page.locator(".al-panel .jupyter-widget-Collapse-header").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelector('.al-panel .jupyter-widget-Collapse-header').getAttribute('aria-expanded') === 'true'")
+    tops = set()
+    for name in ("lr", "coincidence", "warmup_steps"):
+        slider(page, name).focus()
+        page.wait_for_timeout(100)
+        tops.add(page.evaluate("() => document.querySelector('.al-meaning').parentElement.children[1].offsetTop"))
+    page.locator(".al-panel input[title=adaptive_threshold]").focus()
+    page.wait_for_function("() => /threshold anew/.test(document.querySelector('.al-meaning').innerText)")
+    assert len(tops) == 1
+
+
 @pytest.mark.parametrize("name", PANELS)
 def test_every_panel_is_seen_in_both_themes(stage, name):
     "Nothing is cut off at 1280 pixels, every control has a label, no key leaks; a picture is kept for whoever looks."
@@ -411,5 +426,7 @@ def test_every_panel_is_seen_in_both_themes(stage, name):
         stage.screenshot(path=SCREENS / f"{name}-{look.lower()}.png")
         assert stage.evaluate(FIT) == []
     stage.set_viewport_size(dict(width=1280, height=720))
+    if name == "tasks":
+        by_keyboard(stage)
     python(stage, "bench.panel.live.stop()")
     assert not errors
