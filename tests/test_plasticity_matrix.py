@@ -1,7 +1,6 @@
 "Selective plasticity wherever torch.optim.Adam goes: in several processes, under Accelerate, with every scheduler, number format and path."
 import copy
 import json
-import subprocess
 
 import pytest
 import ranks
@@ -108,7 +107,7 @@ dist.destroy_process_group()
 def test_two_processes_keep_the_same_weights(tmp_path):
     script = tmp_path / "many.py"
     script.write_text(MANY)
-    for p in ranks.begin(script, tmp_path / "out", stderr=subprocess.PIPE, text=True):
+    for p in ranks.begin(script, tmp_path / "out"):
         _, complaints = p.communicate(timeout=240)
         assert p.returncode == 0, complaints[-3000:]
     one, two = (json.loads((tmp_path / f"out{rank}").read_text()) for rank in (0, 1))

@@ -1,12 +1,11 @@
 "Recipes, tapes, runs: bad files, bit-identical replay and resume, atomic changes."
 import json
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
+import warm_python
 from hypothesis import given, settings, strategies as st
 
 from adaptive_lab.durable import NotWritten
@@ -55,7 +54,7 @@ def test_replay_in_another_process(tmp_path):
     run.change({"optimizer.plasticity_k": 10.0, "optimizer.lr": 0.02})
     run.advance(70)
     save_session(tmp_path / "s.json", run.session())
-    done = subprocess.run([sys.executable, "-m", "adaptive_lab.cli", "replay", str(tmp_path / "s.json")], capture_output=True, text=True, timeout=120)
+    done = warm_python.run(["-m", "adaptive_lab.cli", "replay", tmp_path / "s.json"], 120)
     assert done.returncode == 0 and run.session().weights in done.stdout and "identical" in done.stdout, done.stdout + done.stderr
 
 

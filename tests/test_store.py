@@ -9,7 +9,6 @@ import random
 import resource
 import struct
 import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm_python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -541,8 +541,7 @@ def test_the_order_of_the_calls(tmp_path, monkeypatch):
 
 def kill_writer(*args):
     "What the script of kills tells, run in a process of its own that has no threads."
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(HERE / "kill_writer.py"), *map(str, args)], capture_output=True, text=True, env=env, timeout=300)
+    done = warm_python.run([HERE / "kill_writer.py", *args], 300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -34,8 +34,8 @@ def launched(*flags):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def pair(*flags) -> list[subprocess.Popen]:
-    return ranks.begin(*TRAIN, *flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def pair(*flags):
+    return ranks.begin(*TRAIN, *flags)
 
 
 def of(folder) -> Run:

@@ -3,13 +3,12 @@ import copy
 import io
 import math
 import pickle
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
+import warm_python
 from torch import nn
 
 from adaptive_lab.knobs import KnobError
@@ -388,7 +387,7 @@ def test_two_processes_keep_equal_values(tmp_path):
         dist.barrier()
         os._exit(0)  # gloo's threads sometimes outlive a destroyed group
     """))
-    ranks = [subprocess.Popen([sys.executable, str(script), str(r), str(tmp_path / "meet")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    ranks = [warm_python.Started([script, r, tmp_path / "meet"]) for r in range(2)]
     said = [r.communicate(timeout=120) for r in ranks]
     assert all(out == "equal\n" for out, _ in said), said
 
