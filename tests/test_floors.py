@@ -3,6 +3,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,16 @@ def imports(tree, package="adaptive_lab"):
             yield from ((f"{name}.{a.name}", id(n) not in lazy) for a in n.names)
 
 
+@lru_cache(None)
+def of_module(module, source):
+    "What `imports` finds in a module."
+    return list(imports(ast.parse(source), ".".join(["adaptive_lab", *module.split(".")[:-1]])))
+
+
 def faults(module, source, floors=FLOOR):
     "What a module imports that its floor may not."
     here, found = floors[module], []
-    for name, at_once in imports(ast.parse(source), ".".join(["adaptive_lab", *module.split(".")[:-1]])):
+    for name, at_once in of_module(module, source):
         root, _, mine = name.partition(".")
         if root == "adaptive_lab" and mine in floors:
             found += _above(module, mine, floors)
@@ -72,7 +79,7 @@ def test_imports_point_down(module):
 
 
 def test_no_more_is_allowed_than_is_used():
-    used = {(m.split(".")[0], name.split(".")[1]) for m in FLOOR for name, _ in imports(ast.parse(source(m)), ".".join(["adaptive_lab", *m.split(".")[:-1]])) if name.count(".")}
+    used = {(m.split(".")[0], name.split(".")[1]) for m in FLOOR for name, _ in of_module(m, source(m)) if name.count(".")}
     rooms = {m.split(".")[0] for m in FLOOR}
     assert {(a, b) for a, b in STANDS_ON if a in rooms} <= used
 

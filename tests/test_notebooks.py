@@ -10,6 +10,9 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
+import threading
+import traceback
 from configparser import ConfigParser
 from multiprocessing import forkserver
 from pathlib import Path
@@ -57,7 +60,7 @@ def run(path, home):
     flags = left_out()
     nb.cells = [c for c in nb.cells if is_run(c, flags)]
     kept = [shown(c) for c in nb.cells]
-    # One thread a kernel, as two run at once; IPython's files in a folder of their own, so that no user's start-up script runs.
+    # One thread a kernel, as several run at once; IPython's files in a folder of their own, so that no user's start-up script runs.
     env = {**os.environ, "IPYTHONDIR": str(home), "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     quiet = ["--IPKernelApp.log_level=40"]  # else each kernel warns that it listens on a local port
     client = NotebookClient(nb, timeout=A_CELL, kernel_name="python3", extra_arguments=quiet, resources={"metadata": {"path": str(path.parent)}})
@@ -81,27 +84,42 @@ async def launch_warm(self, cmd, *, env, cwd, **_):
     return self.connection_info
 
 
-def begin(gate):
-    "In a process that runs notebooks: its kernels start warm, where a process with torch in it can be forked."
-    global GATE
-    GATE = gate
+def begin():
+    "In the process that runs notebooks: its kernels start warm, where a process with torch in it can be forked."
     if sys.platform == "linux":
-        os.environ |= dict(OMP_NUM_THREADS="1", MPLBACKEND="module://matplotlib_inline.backend_inline")  # read when they are imported
+        os.environ |= dict(OMP_NUM_THREADS="1", MPLBACKEND="module://matplotlib_inline.backend_inline", PYDEVD_DISABLE_FILE_VALIDATION="1")  # read when they are imported
         multiprocessing.get_context("forkserver").set_forkserver_preload(HEAVY)
         forkserver.ensure_running()
         LocalProvisioner.launch_kernel = launch_warm
 
 
-def run_in_turn(path, home):
-    "Run a notebook when it may."
-    with GATE:
-        return run(path, home)
+def serve(lines):
+    "The process that runs notebooks: as many at once as there are lines, on which their paths come and what `run` gives goes back."
+    def answer(line):
+        while True:
+            try:
+                path = line.recv()
+            except EOFError:
+                return
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+                try:
+                    found = run(path, home)
+                except Exception:  # a kernel that dies, a cell without an end: else nobody would hear of it
+                    found = traceback.format_exc(), ""
+            line.send(found)
+
+    begin()
+    threads = [threading.Thread(target=answer, args=(line,)) for line in lines]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
 
 
 class Running(NamedTuple):
     "All chosen notebooks."
 
-    gate: Any  # a semaphore: how many may run at once
+    gate: Any  # a semaphore: how many more may run at once
     found: dict  # path -> future of what `run` gives
 
 
@@ -131,6 +149,26 @@ def test_a_failing_cell_is_reported_and_marked_ones_are_left_out(tmp_path):
     nbformat.write(nb, tmp_path / "wrong.ipynb")
     error, _ = run(tmp_path / "wrong.ipynb", tmp_path)
     assert "x is two" in error and "1/0" not in error
+
+
+def test_a_runner_that_fails_is_heard_of_and_goes_on(monkeypatch):
+    def fails(path, home):
+        if path == "good":
+            return "", ""
+        raise RuntimeError("the kernel died")
+
+    monkeypatch.setitem(globals(), "run", fails)
+    monkeypatch.setitem(globals(), "begin", lambda: None)
+    mine, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=serve, args=([theirs],))
+    thread.start()
+    mine.send("bad")
+    error, _ = mine.recv()
+    mine.send("good")
+    assert "the kernel died" in error and mine.recv() == ("", "")
+    mine.close()
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_a_stale_output_is_found(tmp_path):
