@@ -44,6 +44,10 @@ def start(config, notebooks):
 
     def end():
         pool.shutdown(wait=False, cancel_futures=True)
+        if len(free) == AT_ONCE:  # nothing is under way: it ends by itself
+            for line in mine:
+                line.close()
+            process.join(10)
         process.terminate()  # with all that it has begun, where the tests are left early
 
     config.add_cleanup(end)
