@@ -391,9 +391,10 @@ def theme(page, name):
 
 def by_keyboard(page):
     "A section opens by Enter; what is told of a control moves none of them, and check boxes are told, too."
-    page.locator(".al-panel .jupyter-widget-Collapse-header").first.focus()
-    page.keyboard.press("Enter")
-    page.wait_for_function("() => document.querySelector('.al-panel .jupyter-widget-Collapse-header').getAttribute('aria-expanded') === 'true'")
+    for name in ("Compose", "Export"):  # of the bench, and of the panel in it
+        page.locator(".al-panel .jupyter-widget-Collapse-header", has_text=name).first.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function("(name) => [...document.querySelectorAll('.jupyter-widget-Collapse-header[aria-expanded=true]')].some((e) => e.innerText === name)", arg=name)
     tops = set()
     for name in ("lr", "coincidence", "warmup_steps"):
         slider(page, name).focus()

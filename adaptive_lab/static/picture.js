@@ -62,7 +62,7 @@ function guard(root) {
   root.setAttribute(MARK, "true");
   root.addEventListener("keydown", (event) => {
     const header = event.target.closest?.(HEADER);
-    if (!header || (event.key !== "Enter" && event.key !== " ")) return;
+    if (!header || event.defaultPrevented || (event.key !== "Enter" && event.key !== " ")) return;   // a panel in another has done it already
     event.preventDefault();
     header.click();
   });
