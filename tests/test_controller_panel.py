@@ -439,7 +439,7 @@ def test_an_edit_that_was_taken_back_does_not_wait():
     p = ControllerPanel(recipe())
     ask(p, (0, 1, 0.25))
     assert "0.1=0.25 waits" in p.status.value
-    p.buttons["Undo"].click()
+    p.buttons["Undo gates"].click()
     p.draw()
     assert "waits" not in p.status.value
 

@@ -199,7 +199,7 @@ def test_a_gate_moved_while_it_trains_is_on_the_tape_and_the_rest_follows(projec
     page.wait_for_function("() => document.querySelectorAll('.al-panel:not(.al-first) .cell.removed').length === 2")
     page.wait_for_function("() => document.querySelector('.al-passages').innerText.includes('6 heads open')", timeout=60_000)
     assert page.locator(".al-passages").inner_text() != before and "running" in page.locator(f"{MINE} .widget-html-content").first.inner_text()
-    page.locator(f"{MINE} button", has_text="Undo").click()
+    page.locator(f"{MINE} button", has_text="Undo gates").click()
     page.wait_for_function("() => document.querySelectorAll('.al-panel:not(.al-first) .cell.removed').length === 0")
     page.locator(f"{MINE} button", has_text="Pause").click()
     wait_for(page, "panel.live.state", "paused")

@@ -235,22 +235,31 @@ def test_knobs_undo_redo_and_go_home(bench):
     k, lr = panel.controls["optimizer.plasticity_k"], panel.controls["optimizer.lr"]
     k.value, k.value = 6.0, 7.0  # one turn: the hand went on
     lr.value = -2.0
-    panel.undo()
+    panel.undo_turn()
     assert panel.live.settings()["optimizer.lr"] == pytest.approx(0.001) and k.value == 7.0
-    panel.undo()
+    panel.undo_turn()
     assert k.value == 5.0
-    panel.undo()
+    panel.undo_turn()
     assert "left to undo" in panel.status.value
-    panel.redo()
+    panel.redo_turn()
     assert k.value == 7.0
-    panel.redo()
+    panel.redo_turn()
     panel.run.advance(5)
     panel.defaults()
     panel.run.advance(6)
     assert all(panel.live.settings()[a] == panel.run.recipe[a] for a, d in panel.declared.items() if d.live)
-    panel.undo()
+    panel.undo_turn()
     assert panel.live.settings() != {a: panel.run.recipe[a] for a in panel.live.settings()}
     assert replay(panel.run.recipe, panel.run.tape, panel.run.index).session().weights == panel.run.session().weights
+
+
+def test_turns_and_gates_are_undone_apart(tmp_path):
+    panel = Workbench("heads", tmp_path, pace=None, start=False).panel
+    panel.controls["optimizer.lr"].value = -2.0
+    panel.buttons["Undo gates"].click()
+    assert panel.live.settings()["optimizer.lr"] == pytest.approx(0.01)
+    panel.buttons["Undo"].click()
+    assert panel.live.settings()["optimizer.lr"] == pytest.approx(0.002)
 
 
 def test_a_reset_leaves_a_ghost(bench):

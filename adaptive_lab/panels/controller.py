@@ -107,7 +107,7 @@ def _lay_out(self, live, fixed):
 # %% ../../nbs/91_panels.controller.ipynb #0011
 BUTTONS = (  # text, what it does, icon
     ("Prune", "remove from the model what closed gates shut off: smaller and faster; Regrow brings it back", "scissors"),
-    ("Regrow", "bring back the chosen part, with its gate closed", "leaf"), ("Undo", "take back the last change that was made here", "undo"),
+    ("Regrow", "bring back the chosen part, with its gate closed", "leaf"), ("Undo gates", "take back the last change of gates that was made here", "undo"),
     ("Regrow all", "bring back all that was removed, with closed gates", ""), ("Open all", "set every gate to 1", ""),
 )
 

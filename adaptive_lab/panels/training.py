@@ -107,7 +107,7 @@ def _build(self):
         ("Start", "run on to the end", self.start, "play"), ("Pause", "stop after the present step", self.pause, "pause"),
         ("Step", "make one step", lambda: self.step(1), "step-forward"), ("Step n", "make n steps", lambda: self.step(self.n.value), "fast-forward"),
         ("Reset", "start anew from step 0 with the knobs as they stand", self.reset, "refresh"), ("Stop", "end this run for good", self.stop, "stop"),
-        ("Undo", "take back the last turn of a knob", self.undo, "undo"), ("Redo", "turn it again", self.redo, "repeat"),
+        ("Undo", "take back the last turn of a knob", self.undo_turn, "undo"), ("Redo", "turn it again", self.redo_turn, "repeat"),
         ("Defaults", "turn every knob to where this run began", self.defaults, "home"),
     )
     self.n = w.BoundedIntText(100, min=1, max=10**6, description="n", style=dict(description_width="1em"), layout=dict(width="7em"))
@@ -180,11 +180,11 @@ def _remember_turn(self, address, before, after):
         before = self._turns.pop()[1]
     self._turns, self._again, self._turned_at = [*self._turns[-99:], (address, before, after)], [], now
 
-def undo(self):
+def undo_turn(self):
     "Take back the last turn of a knob; on the tape it is a turn as any other."
     self._take(self._turns, self._again, 1, "no turn of a knob is left to undo in this run")
 
-def redo(self):
+def redo_turn(self):
     "Turn it again."
     self._take(self._again, self._turns, 2, "nothing was undone")
 
@@ -381,6 +381,6 @@ def _ipython_display_(self):
     self._draw_soon()  # the page lays the controls out while the kernel builds the optimizer for the other pictures
 
 # %% ../../nbs/90_panels.training.ipynb #0028
-for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _remember_turn, undo, redo, _take, defaults, _do, start, pause, step, stop, _fixed, reset, _rebuild, _enable, save, show_code,
+for f in (_at_home, _button, _make_controls, _build, _lay_out, _make_pace, _make_export, _turned, _show_values, _remember_turn, undo_turn, redo_turn, _take, defaults, _do, start, pause, step, stop, _fixed, reset, _rebuild, _enable, save, show_code,
           _say, draw_extra, draw, _draw_soon, _draw_now, _draw_all, _follow, _keep, _pictures, _ipython_display_):
     setattr(TrainingPanel, f.__name__, f)
