@@ -255,7 +255,7 @@ def test_knobs_undo_redo_and_go_home(bench):
 
 def test_turns_and_gates_are_undone_apart(tmp_path):
     panel = Workbench("heads", tmp_path, pace=None, start=False).panel
-    panel.controls["optimizer.lr"].value = -2.0
+    panel.controls["optimizer.lr"].value = 0.01
     panel.buttons["Undo gates"].click()
     assert panel.live.settings()["optimizer.lr"] == pytest.approx(0.01)
     panel.buttons["Undo"].click()
