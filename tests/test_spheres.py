@@ -10,7 +10,7 @@ import torch
 
 from adaptive_lab.doctor import find_browser
 from adaptive_lab.spherepictures import disk_svg, film, remember, seen, spheres_svg, write_pictures
-from adaptive_lab.spheres import EXPORT, STATIC, Level, Snapshot, axes_of, distance, exp0, kept, moment, neighbours, page, placed, plain, radii, reach, scene_of, thinned, unit
+from adaptive_lab.spheres import EXPORT, MANY, STATIC, Level, Snapshot, axes_of, distance, exp0, kept, moment, neighbours, page, placed, plain, radii, reach, scene_of, thinned, unit
 
 EVIL = ['</script><script>document.title="owned"</script>', '<img src=x onerror="document.title=\'owned\'">', '"&\'<b>', "a\x00\n\u202eb", "\ud800", "x" * 5000]
 DIMS = (12, 8, 4)
@@ -321,3 +321,12 @@ def test_sliders_of_a_live_page_ask_and_follow(browser, tmp_path):
     tab.evaluate("end()")
     assert tab.errors == []
     tab.close()
+
+
+def test_a_hundred_thousand_points_make_a_page_without_their_distances():
+    from adaptive_lab.bench.spheres import drifting
+
+    level = drifting(MANY, 1, (4,))[0].levels[0]
+    html = page(scene_of([Snapshot(0, "", [level])]))
+    assert level.near == [[]] * len(level.tangent) and "far" not in level.__dict__ and html.count("boundary") > 5
+    assert len(Level(1, 1, None, [*"ab"], ["x"] * 2, np.eye(2)).near[0]) == 1

@@ -91,7 +91,13 @@ def exported(seconds: float, presses: int) -> dict:
         before = len(asked)
         tab.goto(small.as_uri())
         painted, _ = press(tab, "curvature of level 1", presses)
-        return dict(turned=turned, gap=gap, frames=frames, script=script, painted=painted, size=small.stat().st_size / 1000, requests=len(asked) - before - 1)
+        requests = len(asked) - before - 1
+        large = Path(place, "large.html")
+        large.write_text(page(scene_of(drifting(33_328, 1, (16, 8, 4)))), encoding="utf-8")
+        tab.goto(large.as_uri())
+        crowd, _ = turning(tab, seconds)
+        work = statistics.median(tab.evaluate("() => window.alFrames"))
+        return dict(crowd=crowd, work=work, turned=turned, gap=gap, frames=frames, script=script, painted=painted, size=small.stat().st_size / 1000, requests=requests)
 
 # %% ../../nbs/95_bench.spheres.ipynb #0013
 CELL = '''from adaptive_lab.panels.spheres import SpheresPanel
@@ -141,6 +147,7 @@ def bench(quick: bool = False) -> Report:
     add("from one frame to the next, 95th percentile", alone["gap"], "ms", None if quick else 34)
     add("frames a second while they are dragged", alone["frames"], "", None if quick else 30, "as many as the hand's events", at_least=True)
     add("script in one of them, median", alone["script"], "ms")
+    add("script in a frame in which 100,000 points turn, median", alone["work"], "ms", None if quick else 16, f"the rest is the graphics card's; the processor draws {alone['crowd']:.2g} such frames a second")
     bars = {"painted": None if quick else 50}  # the kernel answers when the step that is under way has ended
     for what, told, times in (("painted", "exported page: slider to painted change", alone["painted"]), ("painted", "training model: slider to painted change", lab["painted"]),
                               ("told", "training model: slider to the kernel's answer", lab["told"]), ("search", "training model: text to its neighbours", lab["search"])):

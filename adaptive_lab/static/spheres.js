@@ -95,7 +95,22 @@ function wire(meridians, parallels, parts) {
   return new Float32Array(out);
 }
 
-// --- painters: paint({turn, lens, ratio, wires, trails, sprites, halos, marks}); the last three are [x, y, z, radius, r, g, b, shape] as the eye sees them, the farthest first ---
+// --- painters: paint({turn, lens, ratio, wires, trails, dots, order, size, halos, marks}) ---
+// dots    eight numbers a point: x, y, z before the turn, radius (to be multiplied by `size`), r, g, b, shape. As long as no point moves it is the same array, which the graphics card keeps
+// order   numbers of the points, the farthest from the eye first
+// halos, marks   [x, y, z, radius, r, g, b, shape] as the eye sees them, the farthest first
+const DEEP = 4096;   // depths that are told apart
+function byDepth(dots, turn, order, depths, counts) {   // a counting sort: a hundred thousand points in each frame
+  const n = order.length, [, , , , , , a, b, c] = turn;
+  counts.fill(0);
+  for (let i = 0, o = 0; i < n; i++, o += 8) { const d = ((a * dots[o] + b * dots[o + 1] + c * dots[o + 2] + 1) * (DEEP / 2)) | 0; counts[depths[i] = d < 0 ? 0 : d < DEEP ? d : DEEP - 1]++; }
+  for (let d = 0, sum = 0; d < DEEP; d++) { const many = counts[d]; counts[d] = sum; sum += many; }
+  for (let i = 0; i < n; i++) order[counts[depths[i]]++] = i;
+}
+const turned = (turn, [x, y, z, ...rest]) => [...apply(turn, [x, y, z]), ...rest];
+function* sprites({ turn, dots, order, size }) {   // the points one by one as the eye sees them
+  for (const i of order) { const q = turned(turn, dots.subarray(8 * i, 8 * i + 8)); q[3] *= size; yield q; }
+}
 
 const VIEW = "uniform vec2 lens; vec4 see(vec3 p) { return vec4(lens * p.xy, -.4 * p.z, EYE - p.z); }".replace("EYE", EYE.toFixed(2));
 const LINE = [`#version 300 es
@@ -106,9 +121,9 @@ void main() { float a = color.a * mix(.25, 1., clamp(near, 0., 1.)); shown = vec
 const HEAD = `#version 300 es
 in vec4 place; in vec4 kind; ${VIEW}`;
 // A processor may have to draw this, so a dot has few words a pixel: its ink is ready at its corner, and its edge is as wide as `soft` says.
-const DOT = [`${HEAD} uniform float pixels; flat out vec4 ink; flat out float soft, corners;
+const DOT = [`${HEAD} uniform mat3 turn; uniform float pixels; flat out vec4 ink; flat out float soft, corners;
 void main() {
-  gl_Position = see(place.xyz); float r = pixels * place.w / gl_Position.w, a = mix(.5, 1., clamp(place.z * .5 + .5, 0., 1.));
+  vec3 p = turn * place.xyz; gl_Position = see(p); float r = pixels * place.w / gl_Position.w, a = mix(.5, 1., clamp(p.z * .5 + .5, 0., 1.));
   gl_PointSize = 2. * r + 2.; soft = r + 1.; corners = kind.a == 1. ? 1. : 0.; ink = vec4(kind.rgb * a, a);
 }`, `#version 300 es
 precision mediump float; flat in vec4 ink; flat in float soft, corners; out vec4 shown;
@@ -138,7 +153,7 @@ function glPainter(canvas) {
     return { p, lens: gl.getUniformLocation(p, "lens"), u: (name) => gl.getUniformLocation(p, name), a: (name) => gl.getAttribLocation(p, name) };
   };
   const line = program(LINE), dot = program(DOT), ball = program(BALL), sphere = wire(6, 5, 40);
-  const lineAt = ["turn", "size", "color"].map(line.u), pixels = dot.u("pixels");
+  const lineAt = ["turn", "size", "color"].map(line.u), [dotTurn, pixels] = ["turn", "pixels"].map(dot.u);
   const buffer = (values) => { const b = gl.createBuffer(); gl.bindBuffer(gl.ARRAY_BUFFER, b); if (values) gl.bufferData(gl.ARRAY_BUFFER, values, gl.STATIC_DRAW); return b; };
   const array = (b, fields, stride, each = 0) => {   // fields: [attribute, numbers, first]
     gl.bindBuffer(gl.ARRAY_BUFFER, b);
@@ -148,7 +163,8 @@ function glPainter(canvas) {
   const lines = (values) => group(() => { const b = buffer(values); array(b, [[line.a("place"), 3, 0]], 3); return b; });
   const [wires] = lines(sphere), [paths, pathBuffer] = lines(null);
   const points = (kind, each) => { const b = buffer(null); array(b, [[kind.a("place"), 4, 0], [kind.a("kind"), 4, 4]], 8, each); return b; };
-  const [dots, dotBuffer] = group(() => points(dot, 0));
+  const orderBuffer = gl.createBuffer(), [dots, dotBuffer] = group(() => { const b = points(dot, 0); gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, orderBuffer); return b; });
+  let held = null;   // the points that the card has
   const [balls, ballBuffer] = group(() => { array(buffer(new Float32Array([-1, -1, 1, -1, -1, 1, 1, 1])), [[ball.a("corner"), 2, 0]], 2); return points(ball, 1); });
   gl.enable(gl.BLEND);
   gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
@@ -171,16 +187,20 @@ function glPainter(canvas) {
     gl.uniform1f(lineAt[1], 1);
     gl.bindVertexArray(paths); gl.bindBuffer(gl.ARRAY_BUFFER, pathBuffer);
     for (const [places, color] of picture.trails) { gl.bufferData(gl.ARRAY_BUFFER, new Float32Array(places.flat()), gl.STREAM_DRAW); gl.uniform4f(lineAt[2], ...color, 0.9); gl.drawArrays(gl.LINE_STRIP, 0, places.length); }
-    show(dot, dots, dotBuffer, picture.sprites);   // one vertex each: an instance each takes a software renderer five times as long
-    gl.uniform1f(pixels, (lens * Math.min(canvas.width, canvas.height)) / 2);
-    gl.drawArrays(gl.POINTS, 0, picture.sprites.length);
+    gl.useProgram(dot.p); gl.uniform2f(dot.lens, ...eye); gl.uniformMatrix3fv(dotTurn, true, turn);
+    gl.uniform1f(pixels, (picture.size * lens * Math.min(canvas.width, canvas.height)) / 2);
+    gl.bindVertexArray(dots);
+    if (held !== picture.dots) { held = picture.dots; gl.bindBuffer(gl.ARRAY_BUFFER, dotBuffer); gl.bufferData(gl.ARRAY_BUFFER, held, gl.STATIC_DRAW); }
+    gl.bufferData(gl.ELEMENT_ARRAY_BUFFER, picture.order, gl.STREAM_DRAW);
+    gl.drawElements(gl.POINTS, picture.order.length, gl.UNSIGNED_INT, 0);   // one vertex each: an instance each takes a software renderer five times as long
     large(picture.marks);
   };
 }
 
 function flatPainter(canvas) {   // where there is no WebGL2
   const g = canvas.getContext("2d"), sphere = wire(4, 3, 40);
-  return ({ turn, lens, ratio, wires, trails, sprites, halos, marks }) => {
+  return (picture) => {
+    const { turn, lens, wires, trails, halos, marks } = picture;
     const w = canvas.width, h = canvas.height, k = (lens * Math.min(w, h)) / 2;
     const at = ([x, y, z]) => [w / 2 + (k * x) / (EYE - z), h / 2 - (k * y) / (EYE - z), k / (EYE - z)];
     const css = ([r, gr, b], a) => `rgba(${[r, gr, b].map((v) => Math.round(255 * v))},${a})`;
@@ -206,7 +226,7 @@ function flatPainter(canvas) {   // where there is no WebGL2
       g.stroke();
     }
     for (const [places, color] of trails) { g.strokeStyle = css(color, 0.8); g.beginPath(); places.forEach((p, i) => { const [x, y] = at(apply(turn, p)); i ? g.lineTo(x, y) : g.moveTo(x, y); }); g.stroke(); }
-    dots(sprites);
+    dots(sprites(picture));
     dots(marks);
   };
 }
@@ -244,7 +264,7 @@ function render({ model, el }) {
   el.append(make("div", { className: "al-spheres" }, make("style", { text: STYLE }), make("div", { className: "main" }, stage, reader), side));
 
   let scene, table, nowTable, width, first, turn = HOME, zoom = 1, at = 0, follow = true, dirty = false, frame = 0, drag = null, over = false, shown = true, last = 0, playing = 0;
-  let seen = [], hovered = null, pinned = null, rows = [], typing = 0, sending = 0;
+  let seen = [], named = [], world = null, stale = true, pale = 0, hovered = null, pinned = null, rows = [], typing = 0, sending = 0;
   const open = new Map();   // "level,knob" -> [value, turn]: what is wanted and not yet heard of (by a page that nobody listens to, what it draws)
   const off = new Set();   // levels that are not shown
 
@@ -265,23 +285,26 @@ function render({ model, el }) {
     return [v[0] * k, v[1] * k, v[2] * k];
   }
 
-  function compose() {   // everything as the eye sees it
-    const sizes = radii(), sprites = [], marks = [], balls = [], into = [sprites, sprites, sprites, marks, balls], ways = [], [, red, green] = getComputedStyle(stage).color.match(/(\d+), (\d+)/) ?? [0, 0, 0];
-    const pale = Number(red) + Number(green) > 255 ? 0.3 : 0;   // on a dark page all colours are lighter
+  function arrange() {   // everything before it is turned; it stays as it is while one only looks at it from elsewhere
+    const sizes = radii(), dots = [], marks = [], balls = [], ways = [];
     seen = [];
-    const add = (p, radius, color, shape, what) => { if (Number.isFinite(p[0] + p[1] + p[2])) { const q = apply(turn, p); into[shape].push([q[0], q[1], q[2], radius, color[0], color[1], color[2], shape]); if (what) { what.place = q; seen.push(what); } } };
+    const add = (p, color, shape, what, radius = SIZES[shape]) => {
+      if (!Number.isFinite(p[0] + p[1] + p[2])) return;
+      if (shape < MARK) dots.push(p[0], p[1], p[2], radius, color[0], color[1], color[2], shape); else (shape === MARK ? marks : balls).push([...p, radius, ...color, shape]);
+      if (what) { what.at = p; seen.push(what); }
+    };
     scene.levels.forEach((level, i) => {
       if (off.has(i)) return;
       const color = rgb(level.color, pale), c = value(i, "c"), pull = pullOf(i), sigma = value(i, "sigma"), t = sigma === null ? 0 : Math.tanh((Math.sqrt(c) * sigma) / 2);
       level.names.forEach((name, j) => {
         const v = rowOf(at, first[i] + j), kind = shapeOf(level.kinds[j]);
         if (!Number.isFinite(v[0])) return;
-        const p = put(v, sizes[i], pull), length = long(v), rho = Math.tanh(pull * length), me = { level: i, point: j, name, kind: level.kinds[j], length, rho, place: null };
-        add(p, SIZES[kind] / Math.sqrt(zoom), color, kind, me);
-        if (pinned?.level === i && pinned.point === j) add(p, SIZES[MARK] / Math.sqrt(zoom), CHOSEN, MARK);
+        const p = put(v, sizes[i], pull), length = long(v), rho = Math.tanh(pull * length), me = { level: i, point: j, name, kind: level.kinds[j], length, rho };
+        add(p, color, kind, me);
+        if (pinned?.level === i && pinned.point === j) add(p, CHOSEN, MARK);
         if (halos.checked && t && level.kinds[j] === "boundary") {
           const k = rho ? ((1 - t * t) / (1 - rho * rho * t * t)) : 1;
-          add(p.map((x) => x * k), (sizes[i] * t * (1 - rho * rho)) / (1 - rho * rho * t * t), color, HALO);
+          add(p.map((x) => x * k), color, HALO, null, (sizes[i] * t * (1 - rho * rho)) / (1 - rho * rho * t * t));
         }
         if (trails.checked && at) {
           const way = [];
@@ -290,16 +313,23 @@ function render({ model, el }) {
         }
       });
       const way = reads ? reads.levels[i]?.slice(Math.max(0, patch - 6), patch + 1).map((v) => put(v, sizes[i], pull)) ?? [] : [];
-      if (way.length) add(way.at(-1), SIZES[MARK] / Math.sqrt(zoom), CHOSEN, MARK, { level: i, mark: 0, name: reads.patches[patch], kind: "patch", length: long(reads.levels[i][patch]), rho: Math.tanh(pull * long(reads.levels[i][patch])) });
+      if (way.length) add(way.at(-1), CHOSEN, MARK, { level: i, mark: 0, name: reads.patches[patch], kind: "patch", length: long(reads.levels[i][patch]), rho: Math.tanh(pull * long(reads.levels[i][patch])) });
       if (way.length > 1) ways.push([way, CHOSEN]);
       const found = model.get("found");
       if (found?.text && found.text === model.get("typed")) (found.levels?.[i]?.places ?? []).forEach((v, j, all) =>
-        add(put(v, sizes[i], pull), SIZES[MARK] / Math.sqrt(zoom), CHOSEN, MARK, { level: i, mark: j, name: all.length > 1 ? `${found.text} · patch ${j + 1}` : found.text, kind: "text", length: long(v), rho: Math.tanh(pull * long(v)) }));
+        add(put(v, sizes[i], pull), CHOSEN, MARK, { level: i, mark: j, name: all.length > 1 ? `${found.text} · patch ${j + 1}` : found.text, kind: "text", length: long(v), rho: Math.tanh(pull * long(v)) }));
     });
-    sprites.sort((a, b) => a[2] - b[2]);
-    const wires = scene.levels.map((level, i) => [sizes[i], rgb(level.color, pale)]).filter((_, i) => !off.has(i));
-    const w = stage.clientWidth || 1, h = stage.clientHeight || 1, least = Math.min(w, h);
-    return { turn, lens: LENS * zoom, ratio: [w / least, h / least], wires, trails: ways, sprites, halos: balls, marks };
+    const n = dots.length / 8, wires = scene.levels.map((level, i) => [sizes[i], rgb(level.color, pale)]).filter((_, i) => !off.has(i));
+    named = seen.filter((p) => p.mark !== undefined || p.kind === "boundary");
+    world = { dots: new Float32Array(dots), order: new Uint32Array(n), depths: new Uint16Array(n), counts: new Uint32Array(DEEP), marks, balls, ways, wires };
+  }
+  function compose() {   // as the eye sees it
+    const [, red, green] = getComputedStyle(stage).color.match(/(\d+), (\d+)/) ?? [0, 0, 0], lighter = Number(red) + Number(green) > 255 ? 0.3 : 0;   // on a dark page all colours are lighter
+    if (stale || lighter !== pale) { pale = lighter; stale = false; arrange(); }
+    const w = stage.clientWidth || 1, h = stage.clientHeight || 1, least = Math.min(w, h), size = 1 / Math.sqrt(zoom), { dots, order, depths, counts, wires, ways } = world;
+    byDepth(dots, turn, order, depths, counts);
+    const halos_ = world.balls.map((v) => turned(turn, v)), marks = world.marks.map((v) => { const q = turned(turn, v); q[3] *= size; return q; });
+    return { turn, lens: LENS * zoom, ratio: [w / least, h / least], wires, trails: ways, dots, order, size, halos: halos_, marks };
   }
   function onPage([x, y, z]) {   // pixels of the stage
     const w = stage.clientWidth, h = stage.clientHeight, k = (LENS * zoom * Math.min(w, h)) / 2 / (EYE - z);
@@ -322,33 +352,34 @@ function render({ model, el }) {
     }
     if (turning) look(false);
   }
-  function look(changed = true) { if (changed !== false) dirty = true; if (!frame) frame = requestAnimationFrame(draw); }
+  function look(changed = true) { if (changed !== false) dirty = stale = true; if (!frame) frame = requestAnimationFrame(draw); }
+  function glance() { dirty = true; look(false); }   // from elsewhere, at the same
 
   function label() {   // names beside points
-    const told = seen.filter((p) => p.mark !== undefined || (words.checked && p.kind === "boundary")).slice(0, 60);
+    const told = named.filter((p) => p.mark !== undefined || words.checked).slice(0, 60);
     while (names.children.length > told.length) names.lastChild.remove();
     told.forEach((p, i) => {
-      const e = names.children[i] ?? names.appendChild(document.createElement("span")), [x, y] = onPage(p.place);
+      const e = names.children[i] ?? names.appendChild(document.createElement("span")), place = apply(turn, p.at), [x, y] = onPage(place);
       const word = p.mark ? `${p.mark + 1}` : p.name;   // of the patches of a text, the first has its name
       if (e.textContent !== word) e.textContent = word;
       e.style.transform = `translate(${(x + 8).toFixed(1)}px,${(y - 7).toFixed(1)}px)`;
-      e.style.opacity = 0.55 + 0.45 * clamp(p.place[2] * 0.5 + 0.5, 0, 1);
+      e.style.opacity = 0.55 + 0.45 * clamp(place[2] * 0.5 + 0.5, 0, 1);
     });
   }
   const same = (a, b) => a && b && a.level === b.level && a.point === b.point && a.mark === b.mark;
   const tell = (p) => `level ${p.level} · ${p.kind} · radius ${three(2 * value(p.level, "s") * p.length)}, ${three(100 * p.rho)}% of the way to the surface`;
   function pointOut() {   // the box beside the point
-    const p = seen.find((q) => same(q, hovered)) ?? seen.find((q) => same(q, pinned));
+    const p = (hovered && seen.find((q) => same(q, hovered))) ?? (pinned && seen.find((q) => same(q, pinned)));
     tip.style.visibility = p ? "visible" : "hidden";
     if (!p) return;
     tip.replaceChildren(make("b", { text: p.name }), make("div", { text: tell(p) }));
-    const [x, y] = onPage(p.place), right = x > stage.clientWidth - 200;
+    const [x, y] = onPage(apply(turn, p.at)), right = x > stage.clientWidth - 200;
     tip.style.transform = `translate(${clamp(right ? x - tip.offsetWidth - 12 : x + 12, 0, Math.max(0, stage.clientWidth - tip.offsetWidth))}px,${clamp(y + 10, 0, Math.max(0, stage.clientHeight - tip.offsetHeight))}px)`;
   }
   function hit(event) {   // the point under the pointer, in front of others
     const b = stage.getBoundingClientRect(), x = event.clientX - b.left, y = event.clientY - b.top;
     let best = null, least = 14;
-    for (const p of seen) { const [px, py] = onPage(p.place), d = Math.hypot(px - x, py - y) - 2 * p.place[2]; if (d < least) { least = d; best = p; } }
+    for (const p of seen) { const place = apply(turn, p.at), [px, py] = onPage(place), d = Math.hypot(px - x, py - y) - 2 * place[2]; if (d < least) { least = d; best = p; } }
     return best;
   }
 
@@ -545,8 +576,8 @@ function render({ model, el }) {
   }
 
   // --- the hand ---
-  const by = (dx, dy) => { turn = straight(times(times(about([0, 1, 0], dx), about([1, 0, 0], dy)), turn)); look(); };
-  const zoomBy = (k) => { zoom = clamp(zoom * k, 0.5, 12); look(); };
+  const by = (dx, dy) => { turn = straight(times(times(about([0, 1, 0], dx), about([1, 0, 0], dy)), turn)); glance(); };
+  const zoomBy = (k) => { zoom = clamp(zoom * k, 0.5, 12); glance(); };
   const fingers = new Map();
   canvas.addEventListener("pointerdown", (event) => {
     if (event.button !== 0) return;
@@ -558,7 +589,7 @@ function render({ model, el }) {
   canvas.addEventListener("pointermove", (event) => {
     over = true;
     const before = fingers.get(event.pointerId);
-    if (!before) { const p = hit(event); if (!same(p, hovered) || !p !== !hovered) { hovered = p; canvas.style.cursor = p ? "pointer" : ""; look(); } return; }
+    if (!before) { const p = hit(event); if (!same(p, hovered) || !p !== !hovered) { hovered = p; canvas.style.cursor = p ? "pointer" : ""; glance(); } return; }
     const dx = event.clientX - before[0], dy = event.clientY - before[1];
     if (fingers.size > 1) {   // two fingers zoom
       const other = [...fingers].find(([id]) => id !== event.pointerId)[1], far = (p) => Math.hypot(p[0] - other[0], p[1] - other[1]);
@@ -580,7 +611,7 @@ function render({ model, el }) {
   };
   canvas.addEventListener("pointerup", up);
   canvas.addEventListener("pointercancel", up);
-  canvas.addEventListener("pointerleave", () => { over = false; hovered = null; look(); });
+  canvas.addEventListener("pointerleave", () => { over = false; hovered = null; glance(); });
   canvas.addEventListener("wheel", (event) => {   // once the picture was clicked; else the page scrolls
     if (document.activeElement !== canvas && !el.getRootNode().activeElement?.isSameNode(canvas)) return;
     event.preventDefault();
@@ -590,7 +621,7 @@ function render({ model, el }) {
     if (event.ctrlKey || event.altKey || event.metaKey) return;
     const step = event.shiftKey ? 0.3 : 0.08;
     const act = { ArrowLeft: () => by(-step, 0), ArrowRight: () => by(step, 0), ArrowUp: () => by(0, -step), ArrowDown: () => by(0, step), "+": () => zoomBy(1.15), "=": () => zoomBy(1.15), "-": () => zoomBy(1 / 1.15),
-      0: () => { turn = HOME; zoom = 1; look(); }, n: () => go(1), p: () => go(-1), "[": () => goTo(at - 1), "]": () => goTo(at + 1), " ": () => { spin.checked = !spin.checked; look(); }, Escape: () => choose(-1, -1) }[event.key];
+      0: () => { turn = HOME; zoom = 1; glance(); }, n: () => go(1), p: () => go(-1), "[": () => goTo(at - 1), "]": () => goTo(at + 1), " ": () => { spin.checked = !spin.checked; look(); }, Escape: () => choose(-1, -1) }[event.key];
     if (!act) return;
     event.preventDefault();
     event.stopPropagation();
@@ -604,13 +635,13 @@ function render({ model, el }) {
     note.textContent = `${p.name}: ${tell(p)}`;
   }
   canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
-  canvas.addEventListener("webglcontextrestored", () => { paint = glPainter(canvas) ?? paint; look(); });
+  canvas.addEventListener("webglcontextrestored", () => { paint = glPainter(canvas) ?? paint; glance(); });
 
   el.alName = () => scene?.title ?? "";
   el.alSVG = () => {   // what is shown, as a picture, for whoever saves it
     const { namespaceURI } = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg");   // no address stands in an exported page
     const make = (tag, more, text = "") => { const e = document.createElementNS(namespaceURI, tag); for (const [k, v] of Object.entries(more)) e.setAttribute(k, v); e.textContent = text; return e; };
-    const w = stage.clientWidth, h = stage.clientHeight, { wires, trails: ways, sprites, halos: balls, marks } = compose(), k = (LENS * zoom * Math.min(w, h)) / 2, circles = wire(6, 5, 40);
+    const w = stage.clientWidth, h = stage.clientHeight, picture = compose(), { wires, trails: ways, halos: balls, marks } = picture, k = (LENS * zoom * Math.min(w, h)) / 2, circles = wire(6, 5, 40);
     const css = ([r, g, b]) => `rgb(${[r, g, b].map((v) => Math.round(255 * v))})`, fixed = (x) => x.toFixed(1), at = ([x, y, z]) => [w / 2 + (k * x) / (EYE - z), h / 2 - (k * y) / (EYE - z)].map(fixed).join(" ");
     const svg = make("svg", { viewBox: `0 0 ${w} ${h}`, "aria-label": scene.title, "font-family": "system-ui,sans-serif", "font-size": 11, style: "color:var(--jp-ui-font-color1,#222)", fill: "currentColor" });
     const stroke = (color, opacity) => ({ fill: "none", stroke: css(color), "stroke-opacity": opacity });
@@ -628,13 +659,13 @@ function render({ model, el }) {
       svg.append(make("path", { d, ...stroke(color, front ? 0.5 : 0.16) }));
     }
     for (const [places, color] of ways) svg.append(make("path", { d: places.map((p, i) => `${i ? "L" : "M"}${at(apply(turn, p))}`).join(""), ...stroke(color, 0.8) }));
-    sprites.forEach(dot);
+    for (const q of sprites(picture)) dot(q);
     marks.forEach(dot);
     for (const e of names.children) { const [, x, y] = /translate\(([-\d.]+)px, *([-\d.]+)px\)/.exec(e.style.transform) ?? [0, 0, 0]; svg.append(make("text", { x, y: Number(y) + 11 }, e.textContent)); }
     return svg;
   };
 
-  const sized = new ResizeObserver(() => look()), watched = new IntersectionObserver((list) => { shown = list.at(-1).isIntersecting; look(); });
+  const sized = new ResizeObserver(glance), watched = new IntersectionObserver((list) => { shown = list.at(-1).isIntersecting; glance(); });
   sized.observe(stage);
   watched.observe(stage);
   const listeners = [["change:scene change:data", load], ["change:now change:now_data", renew], ["change:heard change:locked", hear], ["change:found", answer], ["change:reading", arrived]];
