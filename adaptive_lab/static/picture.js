@@ -74,7 +74,8 @@ function guard(root) {
     line.style.lineHeight = "1.35";
     follow(line.closest(".al-meaning"), event.target.closest(".widget-inline-hbox"));
   });
-  new MutationObserver(mark).observe(root, { subtree: true, childList: true, attributes: true, attributeFilter: ["tabindex", "contenteditable", "class"] });
+  let due = 0;   // a moment later, not before the frame that the page is about to paint
+  new MutationObserver(() => { due ||= setTimeout(() => { due = 0; mark(); }, 60); }).observe(root, { subtree: true, childList: true, attributes: true, attributeFilter: ["tabindex", "contenteditable", "class"] });
 }
 
 // When the kernel is restarted the controls are dead, which nothing else on the page says.
