@@ -30,7 +30,7 @@ class Branches:
     "The runs of a store, each from where it comes. `current` is the one that is added to."
 
     def __init__(self, store: Store):
-        self.store, self.current, self._cost, self._saved = store, None, 0.0, -float("inf")
+        self.store, self.current, self._cost, self.saved = store, None, 0.0, -float("inf")
         self.trouble = ""  # why the last checkpoint beside a run could not be written
         self._pool = ThreadPoolExecutor(1)
         self._writing: Future | None = None  # what is being written, or was and has not been asked after
@@ -96,7 +96,7 @@ def save(self, run: Run):
     self._there(self.current)
     if run.index not in self.steps(self.current):
         run.save(self.store, self.current)
-    self._saved = time.perf_counter()
+    self.saved = time.perf_counter()
 
 def save_beside(self, run: Run):
     "The same, written by a thread while the run goes on: a disk may take its time, or refuse, which `trouble` tells. `written` waits for it."
@@ -107,8 +107,8 @@ def save_beside(self, run: Run):
         with self._told():
             self._there(name)
             self.store.save(name, **found)
-        self._saved = time.perf_counter()
-        self._cost = self._saved - begun
+        self.saved = time.perf_counter()
+        self._cost = self.saved - begun
     self._writing = self._pool.submit(write)
 
 # %% ../nbs/19_branches.ipynb #0010
@@ -138,14 +138,14 @@ for f in (save, save_beside, written, _told, _there):
 SHARE = 0.02  # of the time may go into checkpoints
 
 def kept(self, run: Run, every: int = 25) -> Iterator[Step]:
-    "The run's steps, with checkpoints in the current branch: `every` so many steps at most, and after the last."
+    "The run's steps, with checkpoints in the current branch: `every` so many steps at most (later a fiftieth of those made), and after the last."
     last = run.index
     for step in run.steps():
-        waited = time.perf_counter() - self._saved >= self._cost / SHARE
+        waited = time.perf_counter() - self.saved >= self._cost / SHARE
         if run.index == run.recipe["run.steps"]:
             with self._told():
                 self.save(run)
-        elif run.index - last >= every and waited:
+        elif run.index - last >= max(every, run.index // 50) and waited:  # a few hundred in a run of any length
             self.save_beside(run)
             last = run.index
         yield step

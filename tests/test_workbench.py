@@ -122,6 +122,17 @@ def test_two_processes_do_not_lose_each_others_branches(tmp_path):
     assert set(sum(names, [])) == set(trees[0].parents) and len(trees[0].parents) == 20
 
 
+def test_checkpoints_of_a_long_run_are_farther_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("adaptive_lab.branches.SHARE", 1e9)  # as if they cost nothing
+    tree = Branches(Store(tmp_path))
+    run = Run(tasks(**{"run.steps": 600, "data.steps_per_task": 120}))
+    tree.begin(run)
+    for _ in tree.kept(run, every=1):
+        tree.written()
+    steps = tree.steps("main")
+    assert all(b - a <= max(1, b // 50) for a, b in zip(steps, steps[1:])) and 100 < len(steps) < 200
+
+
 def test_a_run_whose_folder_is_deleted_goes_on_and_says_so(tmp_path):
     tree = Branches(Store(tmp_path / "runs"))
     run = Run(tasks())

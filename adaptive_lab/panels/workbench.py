@@ -143,7 +143,7 @@ def _record(self):
 
 async def _follow(self):
     "Record and save while it runs, and refresh the tree."
-    seen, trouble = None, ""
+    seen, trouble, saved = None, "", None
     while True:
         await asyncio.sleep(LOOK)
         run, state = self.panel.run, self.panel.live.state
@@ -153,7 +153,9 @@ async def _follow(self):
             if state != "running":
                 self._save()
             self._record()
-            self.travel.refresh()
+            if self.tree.saved != saved:  # every record of the store is read, which takes its time in a long run
+                saved = self.tree.saved
+                self.travel.refresh()
             if self.tree.trouble != trouble:
                 trouble = self.tree.trouble
                 self.tell(f"no checkpoint: {trouble}" if trouble else "")
