@@ -19,7 +19,7 @@ from ..branchmap import NextByte, branch_atlas
 from ..draw import SVG
 from ..durable import StoreError
 from .atlas import AtlasPanel
-from .controls import alert, button
+from .controls import alert, button, later
 from .training import WRAP
 from ..run import Run
 from ..tape import Recipe
@@ -107,10 +107,7 @@ class BranchMap:
     def chart(self):
         "Chart the branches, beside whatever runs; at once where there is no event loop. What goes wrong is told."
         self.message.value, self.draw.disabled = "charting: every checkpoint is asked the same questions …", True
-        try:
-            self._task = asyncio.get_running_loop().create_task(self._chart())
-        except RuntimeError:
-            asyncio.run(self._chart())
+        self._task = later(self._chart(), lambda text: setattr(self.message, "value", alert(text)))
 
 # %% ../../nbs/92_panels.branchmap.ipynb #0010
 async def _chart(self):
@@ -122,8 +119,6 @@ async def _chart(self):
         self.panel = BranchPanel(atlas, self.folder, self._go)
         self.body.children = [self.panel.root]
         self.message.value, self.draw.description = f"{len(atlas)} checkpoints of {sum(len(p.runs) for p in atlas.populations)} branches", "Draw it again"
-    except (StoreError, ValueError, LookupError, OSError, ArithmeticError) as e:
-        self.message.value = alert(str(e))
     finally:
         self.draw.disabled = False
 
